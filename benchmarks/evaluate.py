@@ -1,0 +1,199 @@
+"""`fewstep eval`: do pictures show what their captions say? Renders, autoencoder, teacher and student, side by side.
+
+Every row makes one picture per held-out caption and lets the evaluator read it (tdm_train/scenes/evaluator.py).
+Picture i has the noise of seed `seed * 10^6 + i` in every row.
+"""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from server.engine.noise import draw_noise
+from tqdm import tqdm
+
+from tdm_train.checkpoint import load_student, open_teacher
+from tdm_train.denoiser import Text
+from tdm_train.prompts import encode_prompts
+from tdm_train.rollout import rollout
+from tdm_train.scenes.autoencoder import to_blocks, to_image
+from tdm_train.scenes.evaluator import Evaluator, adherence, frechet_distance, load_evaluator
+from tdm_train.scenes.prompts import held_out_captions
+from tdm_train.scenes.world import draw_scene, render_batch
+
+REFERENCE_SCENES = range(7 * 10**9, 7 * 10**9 + 4000)
+CHUNK = 50
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the result. `nfe` counts a guided evaluation twice; 0 where no network draws. `attributes` is the share
+    right per attribute where stated; `frechet` the distance to renders of 4,000 other held-out scenes."""
+
+    what: str
+    nfe: int
+    guidance: float
+    adherence: float
+    attributes: dict[str, float]
+    frechet: float
+    pictures: np.ndarray = field(repr=False, compare=False)
+
+    def as_json(self) -> dict[str, object]:
+        row = {name: value for name, value in asdict(self).items() if name != "pictures"}
+        return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+
+
+class Evaluation:
+    """Draws `count` held-out captions and judges pictures of them.
+
+    Picture-making functions are called with a slice of the captions and return uint8 [n, H, W, 3].
+    """
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+        self.scenes, self.captions, self.claims = zip(*held_out_captions(count, seed), strict=True)
+        self.evaluator: Evaluator = load_evaluator()
+        reference = render_batch(
+            [draw_scene(scene, "held_out") for scene in tqdm(REFERENCE_SCENES, desc="renders", leave=False)]
+        )
+        self.reference, _ = self.evaluator.look(reference)
+
+    def row(self, what: str, nfe: int, guidance: float, draw: Callable[[slice], np.ndarray]) -> Row:
+        name = what if nfe == 0 else f"{what}, {nfe} NFE" + (f", guidance {guidance:g}" if guidance != 1 else "")
+        starts = tqdm(range(0, self.count, CHUNK), desc=name, dynamic_ncols=True)
+        pictures = np.concatenate([draw(slice(start, start + CHUNK)) for start in starts])
+        features, readings = self.evaluator.look(pictures)
+        share, attributes = adherence(self.claims, readings)
+        return Row(what, nfe, guidance, share, attributes, frechet_distance(features, self.reference), pictures)
+
+    def noise(self, part: slice, shape: tuple[int, ...]) -> torch.Tensor:
+        """float32 [n, *shape]: the noise that a server draws for the same seeds."""
+        indices = range(*part.indices(self.count))
+        return torch.from_numpy(np.stack([draw_noise(self.picture_seed(i), 0, shape) for i in indices]))
+
+    def picture_seed(self, index: int) -> int:
+        return self.seed * 10**6 + index
+
+    def rendered(self) -> Row:
+        return self.row("rendered", 0, 1.0, lambda part: render_batch(list(self.scenes[part])))
+
+
+class Teacher:
+    """A diffusers teacher folder, run by diffusers' own pipeline."""
+
+    def __init__(self, folder: Path, evaluation: Evaluation):
+        self.pipeline, self.evaluation = open_teacher(folder), evaluation
+        config = self.pipeline.transformer.config
+        self.shape = (config.in_channels, config.sample_size, config.sample_size)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        vae = self.pipeline.vae
+        return to_image(vae.decode(latents / vae.config.scaling_factor).sample).numpy()
+
+    def autoencoder(self) -> Row:
+        """The ceiling: renders encoded and decoded again."""
+
+        @torch.no_grad()
+        def draw(part: slice) -> np.ndarray:
+            pictures = torch.from_numpy(render_batch(list(self.evaluation.scenes[part])))
+            latents = self.pipeline.vae.encode(to_blocks(pictures)).latent_dist.mean
+            return self.decode(latents * self.pipeline.vae.config.scaling_factor)
+
+        return self.evaluation.row("autoencoder", 0, 1.0, draw)
+
+    def row(self, steps: int, guidance: float) -> Row:
+        """`steps` DPM-Solver++ steps; with guidance every step is two evaluations."""
+
+        def draw(part: slice) -> np.ndarray:
+            latents = self.pipeline(
+                list(self.evaluation.captions[part]),
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                latents=self.evaluation.noise(part, self.shape),
+                output_type="latent",
+                max_sequence_length=32,
+                use_resolution_binning=False,
+                clean_caption=False,
+            ).images
+            return self.decode(latents)
+
+        return self.evaluation.row("teacher", steps * (1 if guidance == 1 else 2), guidance, draw)
+
+
+def student_rows(folder: Path, nfe_counts: list[int], evaluation: Evaluation) -> list[Row]:
+    """A student folder (PyTorch) or an exported student (a folder of model_repository), at each NFE count."""
+    if (folder / "1" / "student.json").is_file():
+        draw_for = _draw_exported(folder, evaluation)
+    else:
+        draw_for = _draw_student(folder, evaluation)
+    return [evaluation.row("student", nfe, 1.0, draw_for(nfe)) for nfe in nfe_counts]
+
+
+def _draw_student(folder: Path, evaluation: Evaluation) -> Callable[[int], Callable[[slice], np.ndarray]]:
+    student = load_student(folder)
+    teacher = Teacher(folder, evaluation)  # the same folder, opened as a pipeline: its decoder
+    pipeline, length = student.pipeline, student.description["text_length"]
+    texts = encode_prompts(list(evaluation.captions), pipeline.tokenizer, pipeline.text_encoder, length)
+
+    def draw(nfe: int, part: slice) -> np.ndarray:
+        text = Text(texts.emb[part], texts.mask[part])
+        noise = evaluation.noise(part, teacher.shape)
+        return teacher.decode(rollout(student.denoiser, student.denoiser.schedule, noise, text, nfe).states[0])
+
+    return lambda nfe: lambda part: draw(nfe, part)
+
+
+def server_rows(url: str, nfe_counts: list[int], evaluation: Evaluation) -> list[Row]:
+    """A running fewstep server, asked for one PNG per caption."""
+    with httpx.Client(base_url=url, timeout=60) as client:
+
+        def draw(nfe: int, part: slice) -> np.ndarray:
+            return np.stack([ask(nfe, index) for index in range(*part.indices(evaluation.count))])
+
+        def ask(nfe: int, index: int) -> np.ndarray:
+            body = {"prompt": evaluation.captions[index], "num_inference_steps": nfe, "seed": evaluation.picture_seed(index)}
+            response = client.post("/v1/images/generations", json=body, headers={"accept": "image/png"})
+            if response.status_code != 200:
+                raise ValueError(f"{url} answered {response.status_code}: {response.text[:300]}")
+            return np.asarray(Image.open(io.BytesIO(response.content)).convert("RGB"))
+
+        return [evaluation.row("student", nfe, 1.0, lambda part, nfe=nfe: draw(nfe, part)) for nfe in nfe_counts]
+
+
+def draw_grid(rows: list[Row], captions: tuple[str, ...], file: Path, lines: int = 12) -> None:
+    """A picture of the first `lines` captions: one column per row of the result, names above, captions beside."""
+    side, margin, head = rows[0].pictures.shape[1], 330, 34
+    canvas = Image.new("RGB", (margin + len(rows) * (side + 4), head + lines * (side + 4)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for column, row in enumerate(rows):
+        left = margin + column * (side + 4)
+        name = row.what if row.nfe == 0 else f"{row.what} {row.nfe} NFE\nguidance {row.guidance:g}"
+        pen.multiline_text((left + 2, 3), name, fill="black")
+        for line in range(min(lines, len(row.pictures))):
+            canvas.paste(Image.fromarray(row.pictures[line]), (left, head + line * (side + 4)))
+    for line, caption in enumerate(captions[:lines]):
+        pen.multiline_text((6, head + line * (side + 4) + 50), _wrap(caption, 50), fill="black")
+    canvas.save(file)
+
+
+def _wrap(text: str, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < width else [*lines, word]
+    return "\n".join(lines)
+
+
+def report(rows: list[Row], evaluation: Evaluation) -> None:
+    """A table on stderr for people, then one JSON document as the last line of stdout."""
+    print(f"{'':14}{'NFE':>4}{'guidance':>10}{'adherence':>11}{'Fréchet':>9}", file=sys.stderr)
+    for row in rows:
+        print(f"{row.what:14}{row.nfe or '':>4}{row.guidance:>10g}{row.adherence:>11.1%}{row.frechet:>9.2f}", file=sys.stderr)
+    document = {"rows": [row.as_json() for row in rows], "captions": evaluation.count, "seed": evaluation.seed}
+    print(json.dumps(document))

@@ -1,0 +1,141 @@
+"""The `fewstep` command. Each subcommand imports what it needs when it runs, so that serving never loads torch."""
+
+import ast
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Few-step TDM students: train, export, serve and measure them.",
+)
+ROOT = Path(__file__).resolve().parent
+
+
+@app.callback()
+def main() -> None:
+    """Few-step TDM students: train, export, serve and measure them."""
+
+
+@contextmanager
+def one_line_errors(extra: str) -> Iterator[None]:
+    """Turns a user's error into one line on stderr and exit code 1; a missing package into how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is not installed: pip install 'fewstep[{extra}]'")
+    except (ValueError, OSError) as error:
+        fail(" ".join(str(error).split()))
+
+
+def fail(message: str) -> None:
+    """Says what went wrong and ends with exit code 1."""
+    print(f"fewstep: {message}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="scenes_evaluator, scenes_vae, scenes_teacher or scenes_tdm")],
+    out: Annotated[Path, typer.Option(help="folder of the run: checkpoints, then the result")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="change a field of the recipe, e.g. --set iterations=500")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="data-parallel processes on this machine")] = os.cpu_count() or 1,
+    resume: Annotated[bool, typer.Option(help="go on from the last checkpoint in --out")] = False,
+) -> None:
+    """Runs a named training recipe.
+
+    Example, the bundled student from the bundled teacher: fewstep train scenes_tdm --out runs/scenes_tdm
+    """
+    with one_line_errors("train"):
+        from tdm_train.recipes import RECIPES
+        from tdm_train.run import launch
+
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
+        if not resume and (out / "checkpoint").exists():
+            raise ValueError(f"{out} holds a run already: pass --resume to go on with it, or another --out")
+        configuration = with_changes(RECIPES[recipe], set_ or [])
+        launch(configuration.train, processes, out, resume)
+
+
+def with_changes(recipe: object, changes: list[str]) -> object:
+    """A recipe with `field=value` changes; a value is written as in Python, or as plain text."""
+    legal = {field.name: field for field in fields(recipe)}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals or name not in legal:
+            raise ValueError(f"--set {change!r}: legal are field=value with a field of {', '.join(legal)}")
+        kind = type(getattr(recipe, name))
+        try:
+            parsed = value if kind is str else kind(ast.literal_eval(value))
+        except (ValueError, SyntaxError, TypeError):
+            raise ValueError(f"--set {change!r}: {name} is a {kind.__name__}") from None
+        recipe = replace(recipe, **{name: parsed})
+    return recipe
+
+
+@app.command()
+def export(
+    student: Annotated[Path, typer.Argument(help="a student folder, as `fewstep train scenes_tdm` writes it")],
+    to: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """Exports a student to ONNX, proves the graphs equal to PyTorch and publishes them for Triton.
+
+    Example: fewstep export runs/scenes_tdm/student --to model_repository
+    """
+    with one_line_errors("export"):
+        from export.publish import export_student
+
+        published, checks = export_student(student, to)
+        for check in checks:
+            print(f"  {check.what:<70} {check.error:.2g} (at most {check.tolerance:g})")
+        size = sum(file.stat().st_size for file in published.rglob("*") if file.is_file())
+        print(f"published {published} ({size / 1e6:.1f} MB)")
+
+
+@app.command("eval")
+def evaluate(
+    student: Annotated[Path | None, typer.Option(help="a student folder or an exported student")] = None,
+    url: Annotated[str | None, typer.Option(help="a running server, in place of --student")] = None,
+    nfe: Annotated[str, typer.Option(help="NFE counts of the student")] = "1,2,3,4",
+    captions: Annotated[int, typer.Option(min=2, help="how many held-out captions")] = 500,
+    teacher: Annotated[Path, typer.Option(help="a teacher folder")] = ROOT / "tdm_train/scenes/teacher",
+    guidance: Annotated[str, typer.Option(help="guidance of the teacher's rows")] = "2,3",
+    seed: Annotated[int, typer.Option(min=0, max=999, help="which captions and which noise")] = 0,
+    grid: Annotated[Path | None, typer.Option(help="write a picture of the first captions, one column per row")] = None,
+) -> None:
+    """Measures prompt adherence and Fréchet distance of renders, autoencoder, teacher and student.
+
+    Examples: fewstep eval --nfe 1,4 --captions 100 --grid grid.png; fewstep eval --url http://127.0.0.1:8000
+    """
+    with one_line_errors("train"):
+        from benchmarks.evaluate import Evaluation, Teacher, draw_grid, report, server_rows, student_rows
+
+        if student and url:
+            raise ValueError("--student and --url exclude each other")
+        counts = [int(count) for count in nfe.split(",")]
+        evaluation = Evaluation(captions, seed)
+        judge = Teacher(teacher, evaluation)
+        rows = [evaluation.rendered(), judge.autoencoder()]
+        scales = [float(scale) for scale in guidance.split(",")]
+        rows += [judge.row(25, scale) for scale in scales]
+        rows += [judge.row(4, scales[-1]), judge.row(2, scales[-1]), judge.row(4, 1.0)]
+        folder = student or ROOT / "model_repository/scenes"
+        rows += server_rows(url, counts, evaluation) if url else student_rows(folder, counts, evaluation)
+        report(rows, evaluation)
+        if grid:
+            draw_grid(rows, evaluation.captions, grid)
+
+
+if __name__ == "__main__":
+    app()

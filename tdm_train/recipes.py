@@ -1,0 +1,94 @@
+"""Named training runs: frozen configuration objects. `fewstep train NAME` runs one; `--set field=value` changes it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class AutoencoderRecipe:
+    """The scenes autoencoder. Batch sizes are per process; whole images use a quarter of the crops' batch."""
+
+    iterations: int = 9000
+    batch: int = 32
+    lr: float = 1e-3
+    warmup: int = 100
+    ema: float = 0.998
+    kl_weight: float = 2e-4
+    object_weight: float = 4.0
+    crop_share: float = 0.75
+    seed: int = 1
+
+    def train(self, out: Path, resume: bool) -> None:
+        from tdm_train.scenes.autoencoder import train_autoencoder
+
+        train_autoencoder(self, out, resume)
+
+
+@dataclass(frozen=True)
+class EvaluatorRecipe:
+    """The network that reads pictures of the scenes world. The batch size is per process."""
+
+    iterations: int = 3000
+    batch: int = 64
+    lr: float = 1e-3
+    warmup: int = 100
+    ema: float = 0.998
+    seed: int = 2
+
+    def train(self, out: Path, resume: bool) -> None:
+        from tdm_train.scenes.evaluator import train_evaluator
+
+        train_evaluator(self, out, resume)
+
+
+@dataclass(frozen=True)
+class TeacherRecipe:
+    """The scenes teacher: flow matching with guidance dropout. The batch size is per process."""
+
+    vae: str = "runs/scenes_vae/vae"
+    scenes: int = 160_000
+    iterations: int = 9000
+    batch: int = 128
+    lr: float = 1e-3
+    warmup: int = 200
+    ema: float = 0.9995
+    text_dropout: float = 0.1
+    seed: int = 3
+
+    def train(self, out: Path, resume: bool) -> None:
+        from tdm_train.scenes.teacher import train_teacher
+
+        train_teacher(self, out, resume)
+
+
+@dataclass(frozen=True)
+class TdmRecipe:
+    """Trajectory Distribution Matching of the scenes teacher into a steps-aware student. The batch size is per process."""
+
+    teacher: str = "tdm_train/scenes/teacher"
+    nfe: tuple[int, ...] = (1, 2, 3, 4)
+    guidance: float = 3.0
+    interval: Literal["separate", "to_terminal"] = "separate"
+    prompts: int = 20_000
+    text_length: int = 32
+    iterations: int = 2000
+    batch: int = 64
+    student_lr: float = 3e-4
+    fake_lr: float = 1e-3
+    warmup: int = 50
+    ema: float = 0.995
+    seed: int = 4
+
+    def train(self, out: Path, resume: bool) -> None:
+        from tdm_train.trainer import train_tdm
+
+        train_tdm(self, out, resume)
+
+
+RECIPES = {
+    "scenes_evaluator": EvaluatorRecipe(),
+    "scenes_vae": AutoencoderRecipe(),
+    "scenes_teacher": TeacherRecipe(),
+    "scenes_tdm": TdmRecipe(),
+}
