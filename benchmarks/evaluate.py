@@ -15,9 +15,10 @@ import httpx
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from server.engine.noise import draw_noise
 from tqdm import tqdm
 
+from server.engine.engine import Engine, Request
+from server.engine.noise import initial_latents
 from tdm_train.checkpoint import load_student, open_teacher
 from tdm_train.denoiser import Text
 from tdm_train.prompts import encode_prompts
@@ -75,7 +76,7 @@ class Evaluation:
     def noise(self, part: slice, shape: tuple[int, ...]) -> torch.Tensor:
         """float32 [n, *shape]: the noise that a server draws for the same seeds."""
         indices = range(*part.indices(self.count))
-        return torch.from_numpy(np.stack([draw_noise(self.picture_seed(i), 0, shape) for i in indices]))
+        return torch.from_numpy(np.stack([initial_latents(self.picture_seed(i), 0, shape, 1.0) for i in indices]))
 
     def picture_seed(self, index: int) -> int:
         return self.seed * 10**6 + index
@@ -148,6 +149,16 @@ def _draw_student(folder: Path, evaluation: Evaluation) -> Callable[[int], Calla
         return teacher.decode(rollout(student.denoiser, student.denoiser.schedule, noise, text, nfe).states[0])
 
     return lambda nfe: lambda part: draw(nfe, part)
+
+
+def _draw_exported(folder: Path, evaluation: Evaluation) -> Callable[[int], Callable[[slice], np.ndarray]]:
+    engine = Engine.open(folder)
+    size = next(iter(engine.manifest.sizes))
+
+    def draw(nfe: int, index: int) -> np.ndarray:
+        return engine.run(Request(evaluation.captions[index], evaluation.picture_seed(index), 0, nfe, size)).image
+
+    return lambda nfe: lambda part: np.stack([draw(nfe, index) for index in range(*part.indices(evaluation.count))])
 
 
 def server_rows(url: str, nfe_counts: list[int], evaluation: Evaluation) -> list[Row]:

@@ -10,14 +10,14 @@ import diffusers
 import onnx
 import onnxruntime
 import torch
-from server.engine.student import StudentManifest
-from server.engine.triton_config import MODEL_PY, triton_config
 from tqdm import tqdm
 
 from export.graphs import pixel_size
 from export.onnx import export_graph, student_graphs
 from export.sampler_table import sampler_table
 from export.verify import Check, verify
+from server.engine.student import StudentManifest
+from server.engine.triton_config import MODEL_PY, triton_config
 from tdm_train.checkpoint import Student, load_student
 
 MAX_BATCH = 16

@@ -36,7 +36,7 @@ def student_loss(
     """
     teacher_x0, fake_x0 = teacher_x0.detach(), fake_x0.detach()
     x0 = query.x0
-    error = x0 - (x0 + teacher_x0 - fake_x0).detach()
+    error = (x0 - x0.detach()) + (fake_x0 - teacher_x0)  # = x0 - stopgrad(x0 + D_cfg - F), without its rounding
     normaliser = (x0 - teacher_x0).abs().flatten(1).mean(1).detach().clamp(min=1e-4)
     distance = (error.square() + HUBER_C**2).sqrt() - HUBER_C if rho == "huber" else error.square()
     return (distance / expand(normaliser, x0)).mean()

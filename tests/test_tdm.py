@@ -1,0 +1,167 @@
+"""TDM's identities: what must hold whatever the networks are."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+
+from tdm_train.denoiser import PixArtDenoiser, Text
+from tdm_train.losses import fake_score_loss, importance_weight, student_loss
+from tdm_train.rollout import draw_tau, guided_x0, query, rollout
+from tdm_train.schedule import NoiseSchedule, expand, grid
+from tdm_train.steps_aware import fold, make_steps_aware, unfold
+
+ABAR = torch.linspace(0.9999**0.5, 0.0047**0.5, 1000).square()
+SCHEDULES = [NoiseSchedule("flow_prediction"), NoiseSchedule("epsilon", ABAR), NoiseSchedule("v_prediction", ABAR)]
+schedules = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.prediction_type)
+BATCH = 6
+
+
+def tiny_denoiser(seed: int = 0) -> PixArtDenoiser:
+    torch.manual_seed(seed)
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        cross_attention_dim=16,
+        sample_size=4,
+        caption_channels=8,
+        use_additional_conditions=False,
+    )
+    return PixArtDenoiser(transformer, SCHEDULES[0])
+
+
+def text(batch: int = BATCH) -> Text:
+    return Text(torch.randn(batch, 5, 8), torch.ones(batch, 5, dtype=torch.int64))
+
+
+@schedules
+def test_predictions_of_every_family_agree_with_the_state(schedule: NoiseSchedule) -> None:
+    x0, eps, t = torch.randn(BATCH, 4, 4, 4), torch.randn(BATCH, 4, 4, 4), torch.rand(BATCH) * 900 + 20
+    x_t = schedule.add_noise(x0, eps, t)
+    x0_hat, eps_hat = schedule.x0_eps(x_t, schedule.network_target(x0, eps, t), t)
+    torch.testing.assert_close(x0_hat, x0, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(eps_hat, eps, rtol=1e-3, atol=1e-4)
+
+
+@schedules
+@pytest.mark.parametrize("interval", ["separate", "to_terminal"])
+def test_the_query_is_a_x0_plus_s_mix_exactly(schedule: NoiseSchedule, interval: str) -> None:
+    x0, eps = torch.randn(BATCH, 4, 4, 4), torch.randn(BATCH, 4, 4, 4)
+    landing, start = torch.tensor([0.0, 0, 249, 249, 499, 749]), torch.tensor([249.0, 999, 499, 749, 749, 999])
+    tau = draw_tau(interval, landing, start)
+    asked = query(schedule, x0, eps, landing, tau)
+    a, s = (expand(value, x0) for value in schedule.a_s(tau))
+    torch.testing.assert_close(asked.x_tau, a * x0 + s * asked.mix, rtol=1e-4, atol=1e-5)
+
+
+def test_separate_intervals_are_disjoint_across_a_trajectory() -> None:
+    times = torch.tensor(grid(4))
+    taus = [draw_tau("separate", times[i - 1].expand(1000), times[i].expand(1000)) for i in range(1, 5)]
+    for i, tau in enumerate(taus, start=1):
+        assert float(tau.min()) >= max(20, float(times[i - 1]))
+        assert float(tau.max()) < float(times[i]) - 10
+
+
+@schedules
+def test_the_renoised_state_has_the_schedules_variance(schedule: NoiseSchedule) -> None:
+    zero, eps = torch.zeros(20_000, 1), torch.randn(20_000, 1)
+    tau = torch.full((20_000,), 600.0)
+    asked = query(schedule, zero, eps, torch.full((20_000,), 249.0), tau)
+    _, s = schedule.a_s(tau)
+    assert float(asked.x_tau.std()) == pytest.approx(float(s[0]), rel=0.03)
+
+
+def test_the_student_has_zero_gradient_when_teacher_equals_fake_score() -> None:
+    x0 = torch.randn(BATCH, 4, 4, 4, requires_grad=True)
+    asked = query(SCHEDULES[0], x0, torch.randn_like(x0), torch.full((BATCH,), 249.0), torch.full((BATCH,), 400.0))
+    score = torch.randn_like(x0)
+    student_loss(asked, score, score).backward()
+    assert float(x0.grad.abs().max()) == 0
+
+
+def test_the_students_gradient_points_from_the_teacher_to_the_fake_score() -> None:
+    x0 = torch.randn(BATCH, 4, 4, 4, requires_grad=True)
+    asked = query(SCHEDULES[0], x0, torch.randn_like(x0), torch.full((BATCH,), 249.0), torch.full((BATCH,), 400.0))
+    teacher_x0, fake_x0 = torch.randn_like(x0), torch.randn_like(x0)
+    student_loss(asked, teacher_x0, fake_x0).backward()
+    assert torch.equal(x0.grad.sign(), (fake_x0 - teacher_x0).sign())
+
+
+def three_networks() -> tuple[PixArtDenoiser, PixArtDenoiser, PixArtDenoiser]:
+    teacher = tiny_denoiser()
+    student, fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    make_steps_aware(student.transformer, (1, 2, 4))
+    make_steps_aware(fake_score.transformer, (1, 2, 4))
+    return student, teacher, fake_score
+
+
+def has_gradient(module: torch.nn.Module) -> bool:
+    return any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("update", ["student", "fake_score"])
+def test_each_update_reaches_its_own_network_alone(update: str) -> None:
+    student, teacher, fake_score = three_networks()
+    words, nfe, tau = text(), torch.full((BATCH,), 2), torch.full((BATCH,), 700.0)
+    x_t, start, landing = torch.randn(BATCH, 4, 4, 4), torch.full((BATCH,), 999.0), torch.full((BATCH,), 499.5)
+    x0, eps = student(x_t, start, words, nfe)
+    asked = query(student.schedule, x0, eps, landing, tau)
+    if update == "student":
+        guided = guided_x0(teacher, asked.x_tau, tau, words, text(), 3.0)
+        loss = student_loss(asked, guided, fake_score(asked.x_tau, tau, words, nfe)[0])
+    else:
+        loss = fake_score_loss(fake_score(asked.x_tau.detach(), tau, words, nfe)[0], asked, student.schedule)
+    loss.backward()
+    reached = {
+        name for name, net in [("student", student), ("teacher", teacher), ("fake_score", fake_score)] if has_gradient(net)
+    }
+    assert reached == {update}
+
+
+def test_the_importance_weight_is_one_for_equal_noise_and_is_clipped() -> None:
+    x0 = torch.zeros(2, 1, 4, 4)
+    asked = query(SCHEDULES[0], x0, torch.zeros_like(x0), torch.zeros(2), torch.full((2,), 500.0))
+    torch.testing.assert_close(importance_weight(asked), torch.ones(2))
+    assert float(importance_weight(asked.__class__(x0, x0, asked.tau, 0 * x0, 9 + x0)).max()) == 2
+
+
+def test_k_conditioning_starts_as_an_exact_no_op() -> None:
+    plain = tiny_denoiser()
+    aware = copy.deepcopy(plain)
+    make_steps_aware(aware.transformer, (1, 2, 3, 4))
+    x, t, words = torch.randn(BATCH, 4, 4, 4), torch.full((BATCH,), 500.0), text()
+    assert torch.equal(plain(x, t, words)[0], aware(x, t, words, torch.full((BATCH,), 3))[0])
+
+
+def test_a_folded_student_is_the_steps_aware_one_at_that_k_and_unfolds_again() -> None:
+    aware = tiny_denoiser()
+    make_steps_aware(aware.transformer, (1, 4))
+    torch.nn.init.normal_(aware.transformer.adaln_single.emb.k_embedding)
+    x, t, words = torch.randn(BATCH, 4, 4, 4), torch.full((BATCH,), 500.0), text()
+    at = {nfe: aware(x, t, words, torch.full((BATCH,), nfe))[0] for nfe in (1, 4)}
+    assert not torch.allclose(at[1], at[4])
+    vectors = fold(aware.transformer, 4)
+    torch.testing.assert_close(aware(x, t, words)[0], at[4])
+    unfold(aware.transformer, vectors, 4)
+    torch.testing.assert_close(aware(x, t, words, torch.ones(BATCH, dtype=torch.int64))[0], at[1])
+
+
+def test_k_outside_the_legal_range_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(0, 4\) are not all in 1 .. 64"):
+        make_steps_aware(tiny_denoiser().transformer, (0, 4))
+
+
+def test_a_trajectory_starts_at_the_noise_ends_at_x0_and_is_deterministic() -> None:
+    student, _, _ = three_networks()
+    noise, words = torch.randn(BATCH, 4, 4, 4), text()
+    first, second = (rollout(student, student.schedule, noise, words, 4) for _ in range(2))
+    assert torch.equal(first.states[4], noise)
+    torch.testing.assert_close(first.states[0], first.predictions[1][0])
+    assert torch.equal(first.states[0], second.states[0])
+    x_t, x0, _ = first.at(torch.tensor([1, 2, 3, 4, 1, 2]))
+    assert torch.equal(x_t[2], first.states[3][2])
+    assert torch.equal(x0[1], first.predictions[2][0][1])
