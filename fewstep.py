@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parent
 @app.callback()
 def main() -> None:
     """Few-step TDM students: train, export, serve and measure them."""
+    # Inherited by training's processes; what these libraries say below an error is about themselves.
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 @contextmanager
@@ -79,7 +82,7 @@ def with_changes(recipe: object, changes: list[str]) -> object:
         try:
             parsed = value if kind is str else kind(ast.literal_eval(value))
         except (ValueError, SyntaxError, TypeError):
-            raise ValueError(f"--set {change!r}: {name} is a {kind.__name__}") from None
+            raise ValueError(f"--set {change!r}: {name} takes {kind.__name__} values") from None
         recipe = replace(recipe, **{name: parsed})
     return recipe
 

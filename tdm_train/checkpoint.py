@@ -38,7 +38,7 @@ def open_teacher(folder: Path) -> PixArtSigmaPipeline:
     """Opens a teacher (a diffusers folder of PixArt classes) in float32, with the plain attention that is fast on CPU."""
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is not a diffusers folder: it has no model_index.json")
-    pipeline = PixArtSigmaPipeline.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+    pipeline = PixArtSigmaPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     pipeline.transformer.set_attn_processor(AttnProcessor())
     pipeline.vae.set_attn_processor(AttnProcessor())
     pipeline.set_progress_bar_config(disable=True)

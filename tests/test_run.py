@@ -1,0 +1,103 @@
+"""Training runs: resumable, data-parallel, and clear about what they refuse."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from fewstep import app, with_changes
+from tdm_train.prompts import read_prompts
+from tdm_train.recipes import RECIPES, TdmRecipe
+from tdm_train.run import Run, cosine, launch
+
+
+@dataclass(frozen=True)
+class Interruption(Exception):
+    """Stands for a killed process."""
+
+
+def train_line(out: Path, iterations: int, resume: bool, stop_at: int | None = None) -> None:
+    """Fits a line; with `stop_at` it saves and dies before that step."""
+    run = Run(out, iterations, seed=0, resume=resume)
+    torch.manual_seed(1)
+    module = torch.nn.Linear(2, 1)
+    wrapped, optimizer = run.prepare(module, lr=0.1, warmup=2, ema=0.9)
+    for step in run.steps():
+        if step == stop_at:
+            run.save(step)
+            raise Interruption
+        x = torch.full((4, 2), float(step % 3))
+        loss = (wrapped(x).float() - x.sum(1, keepdim=True)).square().mean()
+        run.update(loss, wrapped, optimizer)
+        run.end_step(loss=float(loss.detach()))
+    if run.rank == 0:
+        save_file({"weight": module.weight.detach(), "average": run.averages[0][0].module.weight.detach()}, out / "line.safetensors")
+
+
+def test_a_resumed_run_ends_with_the_same_weights_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    train_line(tmp_path / "whole", 12, resume=False)
+    with pytest.raises(Interruption):
+        train_line(tmp_path / "cut", 12, resume=False, stop_at=7)
+    train_line(tmp_path / "cut", 12, resume=True)
+    whole, cut = (load_file(tmp_path / name / "line.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_two_processes_with_the_same_data_train_like_one(tmp_path: Path) -> None:
+    train_line(tmp_path / "one", 8, resume=False)
+    launch(train_line, 2, tmp_path / "two", 8, False)
+    one, two = (load_file(tmp_path / name / "line.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name])
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
+    factors = [cosine(step, 100, 10) for step in range(101)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10] == max(factors) == 1
+    assert factors[100] == pytest.approx(0, abs=1e-6)
+    assert all(earlier >= later for earlier, later in zip(factors[10:], factors[11:], strict=False))
+
+
+def test_a_recipe_takes_changes_of_its_own_fields_alone() -> None:
+    changed = with_changes(RECIPES["scenes_tdm"], ["iterations=7", "nfe=(1, 4)", "teacher=somewhere"])
+    assert (changed.iterations, changed.nfe, changed.teacher) == (7, (1, 4), "somewhere")
+    assert RECIPES["scenes_tdm"] == TdmRecipe()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nope", "--out", "x"], "recipe 'nope' is not one of scenes_evaluator, scenes_vae, scenes_teacher, scenes_tdm"),
+        (["scenes_tdm", "--out", "x", "--set", "stepz=4"], "legal are field=value with a field of teacher, nfe"),
+        (["scenes_tdm", "--out", "x", "--set", "iterations=many"], "iterations takes int values"),
+        (["scenes_tdm", "--out", "x", "--set", "teacher=/nowhere"], "is not a diffusers folder"),
+    ],
+)
+def test_a_bad_run_is_refused_in_one_line_before_any_work(arguments: list[str], said: str, tmp_path: Path) -> None:
+    arguments = [str(tmp_path) if argument == "x" else argument for argument in arguments]
+    result = CliRunner().invoke(app, ["train", *arguments, "--processes", "1"])
+    assert result.exit_code == 1
+    assert said in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_second_run_in_the_same_folder_asks_for_resume(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    result = CliRunner().invoke(app, ["train", "scenes_tdm", "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "pass --resume to go on with it" in result.stderr
+
+
+def test_prompt_files_must_be_text_and_hold_prompts(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("a red star\n\n  a ring \n")
+    assert read_prompts(tmp_path / "good.txt") == ["a red star", "a ring"]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"empty\.txt holds no prompts"):
+        read_prompts(tmp_path / "empty.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
+        read_prompts(tmp_path / "binary.txt")
