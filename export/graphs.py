@@ -17,8 +17,9 @@ class TextEncoder(nn.Module):
         self.encoder = encoder
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        torch._check(tokens.shape[0] == mask.shape[0])
-        return self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
+        torch._check(tokens.shape[0] == mask.shape[0])  # type: ignore[no-untyped-call]
+        text_emb: torch.Tensor = self.encoder(input_ids=tokens, attention_mask=mask).last_hidden_state
+        return text_emb
 
 
 class StudentStep(nn.Module):
@@ -48,7 +49,7 @@ class StudentStep(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # The exporter gives each input its own batch symbol; it must be told that they are one.
         for other in (x0_prev, timestep, coefficients, nfe, text_emb, mask):
-            torch._check(other.shape[0] == latents.shape[0])
+            torch._check(other.shape[0] == latents.shape[0])  # type: ignore[no-untyped-call]
         x0, _ = self.denoiser(latents, timestep, Text(text_emb, mask), nfe)
         c0, c1, c2 = (coefficients[:, column, None, None, None] for column in range(3))
         return c0 * latents + c1 * x0 + c2 * x0_prev, x0
@@ -68,7 +69,7 @@ class VaeDecoder(nn.Module):
             raise ValueError(f"a decoder with {vae.config.out_channels} output channels is neither RGB nor RGB pixel blocks")
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        decoded = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0].float()
+        decoded: torch.Tensor = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0].float()
         if self.block > 1:
             decoded = F.pixel_shuffle(decoded, self.block)
         return ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
@@ -77,4 +78,4 @@ class VaeDecoder(nn.Module):
 def pixel_size(vae: AutoencoderKL, latent_size: int) -> int:
     """Pixels along one side of the picture that latents of `latent_size` decode to."""
     block = round((vae.config.out_channels / 3) ** 0.5)
-    return latent_size * 2 ** (len(vae.config.block_out_channels) - 1) * block
+    return int(latent_size * 2 ** (len(vae.config.block_out_channels) - 1) * block)

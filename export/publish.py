@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from export.graphs import pixel_size
 from export.onnx import export_graph, student_graphs
-from export.sampler_table import sampler_table
+from export.sampler_table import Row, sampler_table
 from export.verify import Check, verify
 from server.engine.student import StudentManifest
 from server.engine.triton_config import MODEL_PY, triton_config
@@ -59,12 +59,12 @@ def build(student: Student, folder: Path) -> list[Check]:
     return verify(student, graphs, version, tables)
 
 
-def sampler_tables(student: Student) -> dict[str, list]:
+def sampler_tables(student: Student) -> dict[str, list[Row]]:
     """NFE count (as text, for JSON) -> rows of the sampler table."""
     return {str(nfe): sampler_table(student.pipeline.scheduler, nfe) for nfe in student.nfe_set}
 
 
-def describe(student: Student, tables: dict[str, list], version: Path) -> StudentManifest:
+def describe(student: Student, tables: dict[str, list[Row]], version: Path) -> StudentManifest:
     """The manifest of the files in `version`."""
     transformer, described, scheduler = (
         student.pipeline.transformer.config,

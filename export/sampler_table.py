@@ -25,7 +25,7 @@ def sampler_table(scheduler: DPMSolverMultistepScheduler, nfe: int) -> list[Row]
         )
     if config.solver_order > 2 or config.thresholding:
         raise ValueError(
-            f"solver_order={config.solver_order}, thresholding={config.thresholding}: only linear solvers of order 1 and 2 are supported"
+            f"solver_order={config.solver_order}, thresholding={config.thresholding}: only linear solvers of order 1 and 2 do"
         )
     return [_row(scheduler, nfe, index) for index in range(nfe)]
 
@@ -50,15 +50,18 @@ def _exact_timestep(scheduler: DPMSolverMultistepScheduler, index: int) -> float
     if scheduler.config.prediction_type != "flow_prediction":
         return whole
     exact = float(scheduler.sigmas[index]) * scheduler.config.num_train_timesteps
-    return round(min(max(exact, whole), whole + 0.9999), 4)
+    return float(round(min(max(exact, whole), whole + 0.9999), 4))
 
 
 def _prediction(scheduler: DPMSolverMultistepScheduler, index: int, latents: torch.Tensor, x0: torch.Tensor) -> torch.Tensor:
     """The network output that the scheduler will read as `x0` at step `index`."""
-    a, s = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[index])
+    sigma: torch.Tensor = scheduler.sigmas[index]
+    a: torch.Tensor
+    s: torch.Tensor
+    a, s = scheduler._sigma_to_alpha_sigma_t(sigma)
     match scheduler.config.prediction_type:
         case "flow_prediction":
-            return (latents - x0) / scheduler.sigmas[index]
+            return (latents - x0) / sigma
         case "epsilon":
             return (latents - a * x0) / s
         case "v_prediction":

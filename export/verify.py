@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
+from numpy.typing import NDArray
 
 from export.onnx import Graph
+from export.sampler_table import Row
 from tdm_train.checkpoint import Student
 from tdm_train.steps_aware import fold, unfold
 
@@ -36,7 +39,7 @@ def open_session(file: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
 
 
-def verify(student: Student, graphs: list[Graph], folder: Path, tables: dict[str, list]) -> list[Check]:
+def verify(student: Student, graphs: list[Graph], folder: Path, tables: dict[str, list[Row]]) -> list[Check]:
     """Runs every comparison on the ONNX files in `folder`; the caller must refuse to publish if one has not passed."""
     sessions = {graph.name: open_session(folder / f"{graph.name}.onnx") for graph in graphs}
     checks = [check for graph in graphs for check in compare_graph(graph, sessions[graph.name])]
@@ -62,7 +65,7 @@ def compare_graph(graph: Graph, session: onnxruntime.InferenceSession) -> list[C
     return [*checks, Check(f"{graph.name}: rows of a batch equal the row alone, bit for bit", difference, 0.0)]
 
 
-def compare_trajectory(student: Student, sessions: dict[str, onnxruntime.InferenceSession], nfe: int, rows: list) -> Check:
+def compare_trajectory(student: Student, sessions: dict[str, onnxruntime.InferenceSession], nfe: int, rows: list[Row]) -> Check:
     """Latents after `nfe` exported steps against the diffusers pipeline's own, with the same noise and prompts."""
     prompts = ["a red circle above a blue square", "a large star, black background"]
     noise = torch.randn(2, *latent_shape(student), generator=torch.Generator().manual_seed(nfe))
@@ -86,12 +89,12 @@ def compare_trajectory(student: Student, sessions: dict[str, onnxruntime.Inferen
     return Check(f"{nfe} exported steps equal the diffusers pipeline", _distance(latents, theirs), TOLERANCE)
 
 
-def diffusers_latents(student: Student, prompts: list[str], noise: torch.Tensor, nfe: int) -> np.ndarray:
+def diffusers_latents(student: Student, prompts: list[str], noise: torch.Tensor, nfe: int) -> NDArray[Any]:
     """What diffusers' own pipeline makes of the student at one K: float32 [B, C, h, w], not yet decoded."""
     transformer = student.pipeline.transformer
     vectors = fold(transformer, nfe)
     try:
-        return student.pipeline(
+        latents: torch.Tensor = student.pipeline(
             prompts,
             num_inference_steps=nfe,
             guidance_scale=1.0,
@@ -100,7 +103,8 @@ def diffusers_latents(student: Student, prompts: list[str], noise: torch.Tensor,
             max_sequence_length=student.description["text_length"],
             use_resolution_binning=False,
             clean_caption=False,
-        ).images.numpy()
+        ).images
+        return latents.numpy()
     finally:
         unfold(transformer, vectors, nfe)
 
@@ -121,10 +125,11 @@ def _example(graph: Graph, batch: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _run(session: onnxruntime.InferenceSession, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
-    return session.run(None, {name: value.numpy() for name, value in inputs.items()})
+def _run(session: onnxruntime.InferenceSession, inputs: dict[str, torch.Tensor]) -> list[NDArray[Any]]:
+    outputs: list[NDArray[Any]] = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    return outputs
 
 
-def _distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+def _distance(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
     assert ours.shape == theirs.shape
     return float(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max())

@@ -37,7 +37,7 @@ class PixArtDenoiser(nn.Module):
         The network is told whole timesteps, as diffusers' DPM samplers do; coefficients use the exact ones.
         """
         conditions = {"resolution": None, "aspect_ratio": None} if nfe is None else {"nfe": nfe}
-        prediction = self.transformer(
+        prediction: torch.Tensor = self.transformer(
             x_t,
             encoder_hidden_states=text.emb,
             encoder_attention_mask=text.mask,

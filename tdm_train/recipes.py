@@ -47,6 +47,7 @@ class TeacherRecipe:
     """The scenes teacher: flow matching with guidance dropout. The batch size is per process."""
 
     vae: str = "runs/scenes_vae/vae"
+    start: str = ""  # a teacher folder to go on from, or nothing for untrained weights
     scenes: int = 160_000
     iterations: int = 9000
     batch: int = 128

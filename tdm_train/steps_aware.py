@@ -4,6 +4,8 @@ One learned vector per K, zero at the start (so an exact no-op), is added to the
 it can be folded into a bias, which turns the network back into a plain diffusers model of that K.
 """
 
+from typing import Any
+
 import torch
 from diffusers import PixArtTransformer2DModel
 from torch import nn
@@ -22,8 +24,8 @@ class StepsAwareEmbedding(nn.Module):
         self.inner = inner
         self.k_embedding = nn.Parameter(k_embedding)
 
-    def forward(self, timestep: torch.Tensor, nfe: torch.Tensor, **kwargs) -> torch.Tensor:
-        embedded = self.inner(timestep, resolution=None, aspect_ratio=None, **kwargs)
+    def forward(self, timestep: torch.Tensor, nfe: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        embedded: torch.Tensor = self.inner(timestep, resolution=None, aspect_ratio=None, **kwargs)
         return embedded + self.k_embedding[nfe].to(embedded.dtype)
 
 

@@ -134,7 +134,7 @@ def test_nothing_is_published_when_a_check_fails(student_folder: Path, tmp_path:
 
 
 def test_a_folder_that_is_no_student_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is not a student folder: it has no student.json"):
+    with pytest.raises(ValueError, match=r"is not a student folder: it has no student\.json"):
         export_student(tmp_path, tmp_path)
 
 

@@ -1,6 +1,6 @@
 """Training runs: resumable, data-parallel, and clear about what they refuse."""
 
-from dataclasses import dataclass
+import itertools
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,7 @@ from tdm_train.recipes import RECIPES, TdmRecipe
 from tdm_train.run import Run, cosine, launch
 
 
-@dataclass(frozen=True)
-class Interruption(Exception):
+class InterruptionError(Exception):
     """Stands for a killed process."""
 
 
@@ -28,18 +27,19 @@ def train_line(out: Path, iterations: int, resume: bool, stop_at: int | None = N
     for step in run.steps():
         if step == stop_at:
             run.save(step)
-            raise Interruption
+            raise InterruptionError
         x = torch.full((4, 2), float(step % 3))
         loss = (wrapped(x).float() - x.sum(1, keepdim=True)).square().mean()
         run.update(loss, wrapped, optimizer)
         run.end_step(loss=float(loss.detach()))
     if run.rank == 0:
-        save_file({"weight": module.weight.detach(), "average": run.averages[0][0].module.weight.detach()}, out / "line.safetensors")
+        average = run.averages[0][0].module
+        save_file({"weight": module.weight.detach(), "average": average.weight.detach()}, out / "line.safetensors")
 
 
 def test_a_resumed_run_ends_with_the_same_weights_as_an_uninterrupted_one(tmp_path: Path) -> None:
     train_line(tmp_path / "whole", 12, resume=False)
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         train_line(tmp_path / "cut", 12, resume=False, stop_at=7)
     train_line(tmp_path / "cut", 12, resume=True)
     whole, cut = (load_file(tmp_path / name / "line.safetensors") for name in ("whole", "cut"))
@@ -59,7 +59,7 @@ def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert factors[10] == max(factors) == 1
     assert factors[100] == pytest.approx(0, abs=1e-6)
-    assert all(earlier >= later for earlier, later in zip(factors[10:], factors[11:], strict=False))
+    assert all(earlier >= later for earlier, later in itertools.pairwise(factors[10:]))
 
 
 def test_a_recipe_takes_changes_of_its_own_fields_alone() -> None:

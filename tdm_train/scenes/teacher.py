@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from tdm_train.checkpoint import open_teacher
 from tdm_train.denoiser import PixArtDenoiser, Text
 from tdm_train.recipes import TeacherRecipe
 from tdm_train.run import Run
@@ -130,7 +131,7 @@ def train_teacher(recipe: TeacherRecipe, out: Path, resume: bool) -> None:
     latents = encode_scenes(vae, seeds, out / f"latents_{run.rank}_of_{run.processes}_{recipe.scenes}.npy")
     tokenizer = new_tokenizer()
     torch.manual_seed(recipe.seed)
-    module = TeacherLoss(new_transformer(), new_text_encoder(len(tokenizer)))
+    module = start_weights(recipe, len(tokenizer))
     torch.manual_seed(recipe.seed * 1000 + run.rank)
     loss_of, optimizer = run.prepare(module, recipe.lr, recipe.warmup, recipe.ema, betas=(0.9, 0.99), weight_decay=0.01)
     smooth = 1.0
@@ -147,6 +148,14 @@ def train_teacher(recipe: TeacherRecipe, out: Path, resume: bool) -> None:
         run.end_step(loss=smooth)
     if run.rank == 0:
         save_teacher(run.averages[0][0].module, vae, tokenizer, out / "teacher")
+
+
+def start_weights(recipe: TeacherRecipe, vocabulary_size: int) -> TeacherLoss:
+    """Untrained networks, or those of the teacher folder that the recipe goes on from."""
+    if not recipe.start:
+        return TeacherLoss(new_transformer(), new_text_encoder(vocabulary_size))
+    pipeline = open_teacher(Path(recipe.start))
+    return TeacherLoss(pipeline.transformer, pipeline.text_encoder)
 
 
 def save_teacher(module: TeacherLoss, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
