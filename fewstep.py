@@ -140,5 +140,81 @@ def evaluate(
             draw_grid(rows, evaluation.captions, grid)
 
 
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")] = 8000,
+    backend: Annotated[str, typer.Option(help="triton, or inprocess where there is no Triton")] = "triton",
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """Serves the students of a model repository over OpenAI's image API.
+
+    Example: fewstep serve --port 8000
+    """
+    with one_line_errors("triton"):
+        from server.gateway.backend import BackendError
+        from server.gateway.serve import serve
+
+        if backend not in ("triton", "inprocess"):
+            raise ValueError(f"--backend must be triton or inprocess, got {backend!r}")
+        try:
+            serve(host, port, backend, model_repository)
+        except BackendError as error:
+            fail(str(error))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="what the picture shows")],
+    out: Annotated[Path, typer.Option(help="a .png, .jpg or .webp file")],
+    seed: Annotated[int, typer.Option(help="0 to 2^64 - 1")] = 0,
+    nfe: Annotated[int | None, typer.Option(help="denoiser evaluations; default: the student's")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; default: the student's")] = None,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """Makes one picture in this process, without any server.
+
+    Example: fewstep generate "a red circle above a blue square" --seed 7 --nfe 4 --out out.png
+    """
+    with one_line_errors("triton"):
+        from server.engine.errors import EngineError
+        from server.generate import generate_file
+
+        try:
+            print(generate_file(prompt, out, seed, nfe, size, student, model_repository))
+        except EngineError as error:
+            fail(str(error))
+
+
+bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each ends in one line of JSON.")
+app.add_typer(bench, name="bench")
+
+
+@bench.callback()
+def benchmarks() -> None:
+    """Benchmarks; each ends in one line of JSON."""
+
+
+@bench.command("nfe")
+def bench_nfe(
+    runs: Annotated[int, typer.Option(min=3, help="measured pictures for each NFE count")] = 30,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """Milliseconds of every stage, and the law T(n) = a + b n over NFE counts n.
+
+    Example: fewstep bench nfe --runs 30
+    """
+    with one_line_errors("triton"):
+        from benchmarks.nfe import run
+        from server.engine.errors import EngineError
+
+        try:
+            run(model_repository, student, runs)
+        except EngineError as error:
+            fail(str(error))
+
+
 if __name__ == "__main__":
     app()

@@ -1,4 +1,4 @@
-"""The two losses of TDM as pure functions. Equations: tdm.md sections 4 and 5."""
+"""The two losses of TDM as pure functions (arXiv 2503.06674, in the form of its public demo)."""
 
 from typing import Literal
 

@@ -1,0 +1,1 @@
+"""Runs exported students on onnxruntime. Never torch, never fastapi."""

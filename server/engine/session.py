@@ -1,0 +1,82 @@
+"""One graph, ready to run: the seam between the engine and a runtime."""
+
+import re
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from server.engine.errors import StudentError
+
+Tensors = dict[str, npt.NDArray[Any]]
+
+# The optimisation level changes the last bits of a float32, so it is pinned, and it belongs to the fingerprint.
+OPTIMISATION_LEVEL = "all"
+PROVIDER = "CPUExecutionProvider"
+THREADS = 1
+LOG_FATAL_ONLY = 4  # every error is raised as well, and one line is enough
+
+# A tensor kept in another file names it in an entry whose key (protobuf field 1, 8 bytes) is "location". onnxruntime
+# resolves such names against the working directory even for a model given as bytes, so they are looked for here, with
+# every longer spelling that protobuf allows for the two leading bytes.
+EXTERNAL_DATA = re.compile(rb"(?:\x0a|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)location")
+
+INPUTS = {
+    "text_encoder": ("tokens", "mask"),
+    "student_step": ("latents", "x0_prev", "timestep", "coefficients", "nfe", "text_emb", "mask"),
+    "vae_decoder": ("latents",),
+}
+OUTPUTS = {"text_encoder": ("text_emb",), "student_step": ("next_latents", "x0"), "vae_decoder": ("image",)}
+
+
+class Session(Protocol):
+    """Runs one graph: arrays by name in, arrays in the order of OUTPUTS out."""
+
+    def run(self, tensors: Tensors) -> list[npt.NDArray[Any]]:
+        """One call; the first dimension of every array is the batch."""
+        ...
+
+
+class OnnxSession:
+    """A graph on onnxruntime's CPU provider, one thread: the same row has the same bits in every batch."""
+
+    def __init__(self, graph: str, contents: bytes) -> None:
+        """Raises StudentError when `contents` reaches for other files, is refused, or has other tensors than expected."""
+        if EXTERNAL_DATA.search(contents):
+            raise StudentError(f"{graph}.onnx keeps weights in another file, which no digest covers; export it in one file")
+        try:
+            self.session = ort.InferenceSession(contents, session_options(), providers=[PROVIDER])
+        except Exception as error:  # onnxruntime's exceptions share no public base class
+            raise StudentError(f"{graph}.onnx: onnxruntime refuses it: {first_line(error)}; export the student again") from None
+        self.outputs = list(OUTPUTS[graph])
+        check_names(graph, "inputs", INPUTS[graph], [node.name for node in self.session.get_inputs()])
+        check_names(graph, "outputs", OUTPUTS[graph], [node.name for node in self.session.get_outputs()])
+
+    def run(self, tensors: Tensors) -> list[npt.NDArray[Any]]:
+        return [np.asarray(output) for output in self.session.run(self.outputs, tensors)]
+
+
+def session_options() -> ort.SessionOptions:
+    """Every choice that could change a bit, made here and nowhere else."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.intra_op_num_threads = options.inter_op_num_threads = THREADS
+    options.use_deterministic_compute = True
+    options.log_severity_level = LOG_FATAL_ONLY
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    return options
+
+
+def check_names(graph: str, kind: str, expected: tuple[str, ...], actual: list[str]) -> None:
+    """Raises StudentError when a graph lacks a tensor, or has one that nobody knows."""
+    missing, unknown = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
+    if missing or unknown:
+        said = [f"{word} {', '.join(names)}" for word, names in (("lacks", missing), ("has unknown", unknown)) if names]
+        raise StudentError(f"{graph}.onnx: {kind}: {'; '.join(said)}; expected {', '.join(expected)}; export the student again")
+
+
+def first_line(error: Exception) -> str:
+    """An error message without the lines after the first."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

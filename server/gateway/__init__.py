@@ -1,0 +1,1 @@
+"""The HTTP side. Reaches students only through the Backend seam."""

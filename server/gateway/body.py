@@ -1,0 +1,51 @@
+"""A JSON body, read strictly: what two parsers could read differently is refused."""
+
+import json
+from typing import Any, NoReturn, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from server.gateway.errors import ApiError, from_validation, invalid, show
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+async def read_json(request: Request, schema: type[Schema]) -> Schema:
+    """The body as `schema`. Raises ApiError 400 or 415."""
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    if kind.strip().lower() != "application/json":
+        raise ApiError(415, f"Content-Type must be application/json, got {show(kind)}", code="unsupported_media_type")
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise ApiError(415, "Content-Encoding must be absent", code="unsupported_media_type")
+    try:
+        return schema.model_validate(parse(await request.body()))
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def parse(body: bytes) -> Any:
+    """JSON by RFC 8259, without repeated keys. Raises ApiError 400."""
+    try:
+        return json.loads(body.decode(), object_pairs_hook=without_repeats, parse_constant=refuse_constant)
+    except UnicodeDecodeError:
+        raise invalid("the body is not UTF-8", None, "malformed_json") from None
+    except RecursionError:
+        raise invalid("the body is nested too deeply", None, "malformed_json") from None
+    except ValueError as error:
+        raise invalid(f"the body is not JSON: {str(error)[:200]}", None, "malformed_json") from None
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; raises ApiError 400 when a key comes twice."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise invalid(f"the field {show(key)} is given twice", key, "malformed_json")
+        found[key] = value
+    return found
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """NaN and Infinity are not JSON."""
+    raise invalid(f"{name} is not JSON", None, "malformed_json")

@@ -1,0 +1,112 @@
+"""Every failure as OpenAI's envelope: {"error": {"message", "type", "param", "code"}}."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from server.gateway.backend import BackendError, BackendTimeout, BackendUnavailable, InvalidRequest, NumericalError
+
+logger = logging.getLogger("fewstep")
+
+SHOWN = 80  # characters of a refused value that are sent back
+FIELD_NAMES = {"nfe": "num_inference_steps"}  # the engine's word -> the API's
+
+
+class ApiError(Exception):
+    """An answer that is an error. headers go out with it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+
+    def response(self) -> JSONResponse:
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        body = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return JSONResponse({"error": body}, self.status, self.headers)
+
+
+def invalid(message: str, param: str | None, code: str | None = "invalid_value") -> ApiError:
+    """400: the value of `param` is not legal."""
+    return ApiError(400, message, param, code)
+
+
+def from_validation(error: ValidationError) -> ApiError:
+    """The first complaint of pydantic as a 400 that names the field, the value and what is legal."""
+    first = error.errors(include_url=False)[0]
+    where = [str(part) for part in first["loc"]]
+    param = where[0] if where else None
+    if first["type"] == "extra_forbidden":
+        return invalid(f"unknown field {show(param)}; see /docs for the legal ones", param, "unknown_parameter")
+    if first["type"] == "missing":
+        return invalid(f"{param} is required", param, "missing_required_parameter")
+    said = first["msg"].removeprefix("Value error, ")
+    return invalid(f"{param or 'the body'}: {said}, got {show(first['input'])}", param)
+
+
+def show(value: Any) -> str:
+    """A received value, short and on one line."""
+    text = ascii(value)
+    return text if len(text) <= SHOWN else text[:SHOWN] + "…"
+
+
+def from_backend(error: Exception) -> ApiError:
+    """What the backend raised, as an answer that shows nothing of the inside."""
+    if isinstance(error, InvalidRequest):
+        return invalid(str(error), FIELD_NAMES.get(error.param or "", error.param))
+    if isinstance(error, NumericalError):
+        return ApiError(500, "the student's output was not finite, so no image was made", code="numerical_error")
+    if isinstance(error, BackendUnavailable):
+        return ApiError(503, str(error), code="backend_unavailable", headers={"Retry-After": str(error.retry_after)})
+    if isinstance(error, BackendTimeout):
+        return ApiError(504, str(error), code="deadline_exceeded")
+    return internal_error()
+
+
+def internal_error() -> ApiError:
+    """500: our fault; what happened is in the log, under the request's id."""
+    return ApiError(500, "internal error; name the x-request-id of this answer when you report it", code="internal_error")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Makes every error of `app` an envelope. What no handler knows is answered in boundary.py."""
+    app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    for kind in (BackendError, InvalidRequest, NumericalError):
+        app.add_exception_handler(kind, on_backend_error)
+
+
+def on_api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+def on_backend_error(request: Request, error: Exception) -> JSONResponse:
+    answer = from_backend(error)
+    if answer.status == 500:
+        logger.error("request %s: %s: %s", request.scope.get("request_id"), type(error).__name__, error)
+    return answer.response()
+
+
+def on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    """404 and 405 of the router."""
+    assert isinstance(error, HTTPException)
+    path = show(request.url.path)
+    if error.status_code == 404:
+        return ApiError(404, f"no such path: {path}; see /docs", code="not_found").response()
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        said = f"{request.method} is not allowed on {path}, only {allowed}"
+        return ApiError(405, said, code="method_not_allowed", headers=error.headers).response()
+    return ApiError(error.status_code, str(error.detail), headers=error.headers).response()

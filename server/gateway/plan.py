@@ -1,0 +1,133 @@
+"""What was asked -> what will be run: every default filled in, every unsupported value refused by name."""
+
+import secrets
+from dataclasses import dataclass
+
+from server.gateway.backend import ImageRequest, StudentCard
+from server.gateway.errors import ApiError, invalid, show
+from server.gateway.schemas import NFE_BY_QUALITY, Format, ImageGeneration
+
+RAW_FORMATS: dict[str, Format] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+QUALITY_BY_NFE = {nfe: quality for quality, nfe in NFE_BY_QUALITY.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that can be run as it stands. raw: the answer is the bytes of the image."""
+
+    student: StudentCard
+    prompt: str
+    seed: int
+    image_indices: range
+    nfe: int
+    size: str
+    format: Format
+    compression: int | None
+    raw: bool
+
+    @property
+    def quality(self) -> str:
+        return QUALITY_BY_NFE.get(self.nfe, "auto")
+
+    def images(self) -> list[ImageRequest]:
+        """One request to the backend per image."""
+        return [
+            ImageRequest(self.student.name, self.prompt, self.seed, index, self.nfe, self.size) for index in self.image_indices
+        ]
+
+
+def make_plan(asked: ImageGeneration, accept: str, students: dict[str, StudentCard]) -> Plan:
+    """Raises ApiError 400, or 404 for an unknown model."""
+    refuse_unsupported(asked)
+    student = find_student(asked.model, students)
+    raw_format = wanted_raw(accept)
+    count, first = asked.n or 1, asked.image_index or 0
+    if raw_format and count > 1:
+        raise invalid(f"n must be 1 for Accept: image/{raw_format}, got {count}", "n")
+    if first + count > 2**32:
+        raise invalid(f"image_index + n must be at most {2**32}, got {first + count}", "image_index")
+    return Plan(
+        student=student,
+        prompt=legal_prompt(asked.prompt, student),
+        seed=secrets.randbits(64) if asked.seed is None else asked.seed,
+        image_indices=range(first, first + count),
+        nfe=legal_nfe(asked, student),
+        size=legal_size(asked.size, student),
+        format=legal_format(asked, raw_format),
+        compression=asked.output_compression,
+        raw=raw_format is not None,
+    )
+
+
+def refuse_unsupported(asked: ImageGeneration) -> None:
+    """What would change the answer and is not done is refused, never ignored."""
+    refusals = {
+        "stream": (asked.stream, "true is not supported yet; leave it out"),
+        "partial_images": (asked.partial_images, "more than 0 is not supported yet; leave it out"),
+        "response_format": (asked.response_format == "url", "url is not supported yet; only b64_json"),
+        "background": (asked.background == "transparent", "transparent is not supported; only opaque"),
+        "style": (asked.style not in (None, "", "natural"), "only natural is supported"),
+        "negative_prompt": (asked.negative_prompt, "is not supported by a distilled student; leave it empty"),
+        "guidance_scale": (asked.guidance_scale not in (None, 1), "a distilled student takes no guidance; only 1 is legal"),
+    }
+    for param, (refused, said) in refusals.items():
+        if refused:
+            raise invalid(f"{param}: {said}, got {show(getattr(asked, param))}", param, "unsupported_value")
+
+
+def find_student(name: str | None, students: dict[str, StudentCard]) -> StudentCard:
+    """The named student, or the first. Raises ApiError 404; 503 before the backend has said what it serves."""
+    if not students:
+        raise ApiError(503, "the server is starting; try again", code="starting", headers={"Retry-After": "2"})
+    if name is None:
+        return next(iter(students.values()))
+    if name not in students:
+        raise ApiError(404, f"model {show(name)} is not served, only {', '.join(students)}", "model", "model_not_found")
+    return students[name]
+
+
+def legal_prompt(prompt: str, student: StudentCard) -> str:
+    """Raises ApiError 400; the limit in tokens is the engine's to check."""
+    limit = student.max_prompt_characters
+    if not prompt.strip() or len(prompt) > limit:
+        raise invalid(f"prompt must have 1 to {limit} characters, not all of them blank; got {len(prompt)}", "prompt")
+    return prompt
+
+
+def legal_nfe(asked: ImageGeneration, student: StudentCard) -> int:
+    """NFE is a contract: a rung of the student's ladder, or a 400 that names the ladder."""
+    nfe = student.default_nfe if asked.asked_nfe is None else asked.asked_nfe
+    if nfe not in student.nfe:
+        named = next((name for name in ("num_inference_steps", "steps") if getattr(asked, name) is not None), "quality")
+        raise invalid(f"{named} must be one of {', '.join(map(str, student.nfe))} for {student.name}, got {show(nfe)}", named)
+    return nfe
+
+
+def legal_size(size: str | None, student: StudentCard) -> str:
+    """Raises ApiError 400 naming the sizes the student was exported for."""
+    if size in (None, "auto"):
+        return student.default_size
+    if size not in student.sizes:
+        raise invalid(f"size must be one of {', '.join(student.sizes)} or auto for {student.name}, got {show(size)}", "size")
+    return size
+
+
+def legal_format(asked: ImageGeneration, raw_format: Format | None) -> Format:
+    """The format of the body and of the Accept header, which must not contradict each other."""
+    if raw_format and asked.output_format not in (None, raw_format):
+        raise invalid(f"output_format {asked.output_format} contradicts Accept: image/{raw_format}", "output_format")
+    chosen = raw_format or asked.output_format or "png"
+    if chosen == "png" and asked.output_compression not in (None, 100):
+        raise invalid("output_compression is for jpeg and webp; png is lossless", "output_compression")
+    return chosen
+
+
+def wanted_raw(accept: str) -> Format | None:
+    """The format of the first image type that an Accept header names before application/json or a wildcard."""
+    for part in accept.split(","):
+        kind = part.partition(";")[0].strip().lower()
+        if kind in RAW_FORMATS:
+            return RAW_FORMATS[kind]
+        if kind in ("application/json", "*/*"):
+            return None
+    return None

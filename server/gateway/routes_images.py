@@ -1,0 +1,87 @@
+"""POST /v1/images/generations: plan, run one backend request per image, encode, answer."""
+
+import asyncio
+import base64
+import hashlib
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from server.gateway.backend import Backend, BackendImage
+from server.gateway.body import read_json
+from server.gateway.media import Encoded, encode
+from server.gateway.plan import Plan, make_plan
+from server.gateway.schemas import ImageGeneration, request_body
+from server.gateway.timings import Timings, measure
+
+router = APIRouter()
+
+
+@router.post("/v1/images/generations", openapi_extra=request_body(ImageGeneration), response_model=None)
+async def generate_images(request: Request) -> Response:
+    """Makes n images of a prompt. `Accept: image/png` (jpeg, webp) with n = 1 answers with the bytes themselves."""
+    begin = time.perf_counter_ns()
+    asked = await read_json(request, ImageGeneration)
+    backend: Backend = request.app.state.backend
+    plan = make_plan(asked, request.headers.get("accept", ""), backend.students)
+    made = await run_all(backend, plan)
+    files = await asyncio.gather(*(encode(image.image, plan.format, plan.compression) for image in made))
+    timings = measure(made, files, time.perf_counter_ns() - begin)
+    headers = generation_headers(plan, made, timings)
+    if plan.raw:
+        return Response(files[0].content, media_type=f"image/{plan.format}", headers=headers)
+    return JSONResponse(describe(plan, made, files, timings), headers=headers)
+
+
+async def run_all(backend: Backend, plan: Plan) -> list[BackendImage]:
+    """All images at once; the first failure cancels the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(backend.generate(image)) for image in plan.images()]
+    except* Exception as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def generation_headers(plan: Plan, made: list[BackendImage], timings: Timings) -> dict[str, str]:
+    """x-pixel-sha256 is over uint8 [H, W, 3], whatever the file format; one per image."""
+    return {
+        "Server-Timing": timings.header(),
+        "x-seed": str(plan.seed),
+        "x-fingerprint": made[0].fingerprint,
+        "x-pixel-sha256": ", ".join(hashlib.sha256(image.image.tobytes()).hexdigest() for image in made),
+    }
+
+
+def describe(plan: Plan, made: list[BackendImage], files: list[Encoded], timings: Timings) -> dict[str, Any]:
+    """The answer in OpenAI's shape, and what it lacks to make the images again."""
+    return {
+        "created": int(time.time()),
+        "data": [
+            {"b64_json": base64.b64encode(file.content).decode(), "seed": plan.seed, "image_index": index}
+            for file, index in zip(files, plan.image_indices, strict=True)
+        ],
+        "size": plan.size,
+        "quality": plan.quality,
+        "output_format": plan.format,
+        "background": "opaque",
+        "usage": usage(plan, made),
+        "model": plan.student.name,
+        "num_inference_steps": plan.nfe,
+        "fingerprint": made[0].fingerprint,
+        "timings": timings.document(),
+    }
+
+
+def usage(plan: Plan, made: list[BackendImage]) -> dict[str, Any]:
+    """Text tokens once per request; an image counts its latent positions."""
+    _, height, width = plan.student.sizes[plan.size]
+    text, pictures = made[0].tokens, height * width * len(made)
+    return {
+        "input_tokens": text,
+        "output_tokens": pictures,
+        "total_tokens": text + pictures,
+        "input_tokens_details": {"text_tokens": text, "image_tokens": 0},
+    }

@@ -1,0 +1,106 @@
+"""`fewstep serve`: gateway and backend in one process tree that starts whole, stops whole and leaves nothing behind."""
+
+import asyncio
+import logging
+import signal
+import socket
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import uvicorn
+
+from server.gateway.app import create_app
+from server.gateway.backend import Backend, BackendFailed
+
+READY = """fewstep serves {students} on {url}  (backend: {backend}); try
+  curl -s {url}/v1/images/generations -H 'Content-Type: application/json' -H 'Accept: image/png' \\
+    -d '{{"prompt": "a red circle above a blue square", "seed": 7}}' -o out.png"""
+GRACE_SECONDS = 30
+
+BackendName = Literal["triton", "inprocess"]
+
+
+def serve(host: str, port: int, backend: BackendName, repository: Path) -> None:
+    """Serves until SIGTERM or SIGINT. Raises BackendFailed or OSError with a message for the terminal."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    with listen(host, port) as listener:
+        asyncio.run(serve_on(listener, open_backend(backend, repository), backend))
+
+
+def open_backend(name: BackendName, repository: Path) -> Backend:
+    """The backend, not started. Imports only what this one needs."""
+    if name == "inprocess":
+        from server.gateway.inprocess_backend import InProcessBackend
+
+        return InProcessBackend(repository)
+    from server.gateway.tritonserver import find_triton
+
+    find_triton()  # first, since without the wheel there is no client to import either
+    from server.gateway.triton_backend import TritonBackend
+
+    return TritonBackend(repository)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; raises OSError that says which port, and the way out."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port or --host") from None
+    return listener
+
+
+async def serve_on(listener: socket.socket, backend: Backend, backend_name: str) -> None:
+    """The gateway answers at once (alive, not ready) while the backend warms up."""
+    config = uvicorn.Config(
+        create_app(backend), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_SECONDS
+    )
+    server = uvicorn.Server(config)
+    keep_signals(server)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    starting = asyncio.create_task(backend.start())
+    try:
+        await asyncio.wait([serving, starting], return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            print(ready_line(listener, backend, backend_name), flush=True)
+        await serving
+    finally:
+        await end(starting)
+        server.should_exit = True
+        await end(serving, cancel=False)
+        await backend.stop()
+
+
+async def end(task: "asyncio.Task[None]", cancel: bool = True) -> None:
+    """Waits for a task to be over, whatever its outcome."""
+    if cancel:
+        task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def keep_signals(server: uvicorn.Server) -> None:
+    """uvicorn raises a caught signal once more when it is done, which by default would end us before the backend is."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def ready_line(listener: socket.socket, backend: Backend, backend_name: str) -> str:
+    """What is served, where, and a command to try."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    host = f"[{host}]" if ":" in host else host
+    return READY.format(students=", ".join(backend.students), url=f"http://{host}:{port}", backend=backend_name)
+
+
+__all__ = ["BackendFailed", "BackendName", "serve"]

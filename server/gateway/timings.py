@@ -1,0 +1,45 @@
+"""Where the milliseconds of an answer went: stages that sum to the total."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from server.gateway.backend import BackendImage
+from server.gateway.media import Encoded
+
+MILLION = 1e6
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds. queue is all that is no named stage: waiting for the device, the hop to the backend, noise."""
+
+    queue: float
+    text_encoder: float
+    steps: list[float]
+    vae_decoder: float
+    image_encode: float
+    total: float
+
+    def header(self) -> str:
+        """The value of Server-Timing."""
+        steps = {f"nfe{index}": value for index, value in enumerate(self.steps, 1)}
+        stages = {"queue": self.queue, "text_encoder": self.text_encoder, **steps, "vae_decoder": self.vae_decoder}
+        stages |= {"image_encode": self.image_encode, "total": self.total}
+        return ", ".join(f"{name};dur={value:.3f}" for name, value in stages.items())
+
+    def document(self) -> dict[str, Any]:
+        """The value of `timings` in an answer."""
+        steps = [round(value, 3) for value in self.steps]
+        return {name: round(value, 3) for name, value in vars(self).items() if name != "steps"} | {"steps": steps}
+
+
+def measure(made: list[BackendImage], files: list[Encoded], total: int) -> Timings:
+    """Of several images, the stages of the one that was finished last, since it decided the total (nanoseconds)."""
+    last = max(range(len(made)), key=lambda index: made[index].round_trip)
+    spent = made[last].nanoseconds
+    text = spent["tokenise"] + spent["text_encoder"]
+    steps = [spent[name] for name in spent if name.startswith("nfe")]
+    queue = total - text - sum(steps) - spent["vae_decoder"] - files[last].nanoseconds
+    whole = [queue, text, spent["vae_decoder"], files[last].nanoseconds, total]
+    queue_ms, text_ms, decoder_ms, encode_ms, total_ms = (value / MILLION for value in whole)
+    return Timings(queue_ms, text_ms, [step / MILLION for step in steps], decoder_ms, encode_ms, total_ms)

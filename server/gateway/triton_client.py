@@ -1,0 +1,110 @@
+"""One image over Triton's gRPC stream, and what Triton's errors really mean."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import numpy as np
+from tritonclient.grpc import InferInput
+from tritonclient.grpc.aio import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+from server.gateway.backend import (
+    BackendFault,
+    BackendImage,
+    BackendTimeout,
+    BackendUnavailable,
+    ImageRequest,
+    InvalidRequest,
+    NumericalError,
+    StudentCard,
+    from_wire,
+)
+
+LOST = "the image backend stopped while it worked on this request and is being restarted; send the request again"
+
+
+class TritonClient:
+    """Speaks to one run of tritonserver."""
+
+    def __init__(self, port: int) -> None:
+        self.client = InferenceServerClient(f"127.0.0.1:{port}")
+
+    async def card(self, student: str) -> StudentCard:
+        """What Triton says about a student it has loaded. Raises BackendUnavailable."""
+        try:
+            config = await self.client.get_model_config(student, as_json=True)
+        except (InferenceServerException, grpc.RpcError):
+            raise BackendUnavailable(LOST) from None
+        parameters = config["config"]["parameters"]
+        return StudentCard.parse({key: value["string_value"] for key, value in parameters.items()})
+
+    async def generate(self, request: ImageRequest, seconds: float) -> BackendImage:
+        """One image within `seconds`. Raises InvalidRequest, NumericalError or a BackendError."""
+        begin = time.perf_counter_ns()
+        try:
+            async with asyncio.timeout(seconds):
+                result = await self.last_response(request)
+        except TimeoutError:
+            raise BackendTimeout(f"the image backend gave no answer in {seconds:g} s") from None
+        except (InferenceServerException, grpc.RpcError, asyncio.CancelledError) as error:
+            raise lost_or_cancelled(error) from None
+        report = json.loads(result.as_numpy("report")[0])
+        image = result.as_numpy("image")
+        width, height = map(int, request.size.split("x"))
+        if image.dtype != np.uint8 or image.shape != (height, width, 3):
+            raise BackendFault(f"image is {image.dtype} {image.shape} for size {request.size}")
+        return BackendImage(image, **report, round_trip=time.perf_counter_ns() - begin)
+
+    async def last_response(self, request: ImageRequest) -> Any:
+        """Reads the stream to its end and returns the response that holds the image; closes the stream in any case."""
+        stream = self.client.stream_infer(one_request(request))
+        last = None
+        try:
+            async for result, error in stream:
+                if error is not None:
+                    raise typed_error(error.message())
+                last = result if result.as_numpy("image") is not None else last
+        finally:
+            stream.cancel()
+        if last is None:
+            raise BackendUnavailable(LOST)
+        return last
+
+    async def close(self) -> None:
+        await self.client.close()
+
+
+async def one_request(request: ImageRequest) -> AsyncIterator[dict[str, Any]]:
+    """The stream's only request."""
+    columns = {
+        "prompt": np.array([request.prompt.encode()], np.object_),
+        "seed": np.array([request.seed], np.uint64),
+        "image_index": np.array([request.image_index], np.uint32),
+        "nfe": np.array([request.nfe], np.int32),
+        "size": np.array([request.size.encode()], np.object_),
+    }
+    datatypes = {"prompt": "BYTES", "size": "BYTES", "seed": "UINT64", "image_index": "UINT32", "nfe": "INT32"}
+    inputs = [InferInput(name, [1], datatypes[name]) for name in columns]
+    for tensor in inputs:
+        tensor.set_data_from_numpy(columns[tensor.name()])
+    yield {"model_name": request.student, "inputs": inputs}
+
+
+def typed_error(message: str) -> Exception:
+    """Triton's error text -> our error. Words that are not our model's are Triton's, and mean that a stub died."""
+    error = from_wire(message)
+    if error is None:
+        return BackendUnavailable(LOST)
+    return error if isinstance(error, InvalidRequest | NumericalError) else BackendFault(str(error))
+
+
+def lost_or_cancelled(error: BaseException) -> BaseException:
+    """grpc.aio raises CancelledError when its channel dies too; only a cancelled task is really cancelled."""
+    task = asyncio.current_task()
+    if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+        return error
+    return BackendUnavailable(LOST)

@@ -1,0 +1,92 @@
+"""Fixtures shared by the tests of the server: students, the gateway in process, and the real server."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_student import build_tiny_student
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Server:
+    """A running `fewstep serve`."""
+
+    process: subprocess.Popen[str]
+    url: str
+
+    def children(self) -> list[int]:
+        """Process ids of tritonserver and its stubs, tritonserver first."""
+        found, waiting = [], [self.process.pid]
+        while waiting:
+            pid = waiting.pop()
+            below = [
+                int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+            ]
+            found, waiting = found + below, waiting + below
+        return found
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Sends a signal and returns the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+
+def start_server(repository: Path, backend: str = "triton") -> Server:
+    """Starts `fewstep serve` on a free port and waits for its ready line."""
+    command = [sys.executable, str(ROOT / "fewstep.py"), "serve", "--port", "0"]
+    command += ["--model-repository", str(repository), "--backend", backend]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    match = re.search(r"http://[0-9.]+:[0-9]+", line)
+    if match is None:
+        _, errors = process.communicate(timeout=30)
+        raise AssertionError(f"no ready line but {line!r}; {errors}")
+    return Server(process, match.group())
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+@pytest.fixture(scope="session")
+def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with one small random student. Not to be changed."""
+    repository = tmp_path_factory.mktemp("repository")
+    build_tiny_student(repository)
+    return repository
+
+
+@pytest.fixture
+def own_repository(tmp_path: Path) -> Path:
+    """A small random student that the test may spoil."""
+    build_tiny_student(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def bundled_repository() -> Path:
+    """The repository that `fewstep serve` serves by default."""
+    return ROOT / "model_repository"
+
+
+@pytest.fixture(scope="session")
+def triton_server(bundled_repository: Path) -> Iterator[Server]:
+    """The bundled student behind the real Triton and the real gateway. Not to be killed."""
+    server = start_server(bundled_repository)
+    yield server
+    assert server.stop() == 0

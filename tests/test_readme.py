@@ -1,0 +1,72 @@
+"""What the README shows is what works."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fewstep import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.S)
+SHELL = "\n".join(text for language, text in BLOCKS if language == "sh")
+
+
+def words(kind: str) -> list[list[str]]:
+    """The shell commands of the README that start with `kind`, comments and line breaks taken out."""
+    lines = re.sub(r"\\\n", " ", SHELL).splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.split()[:1] == [kind]]
+
+
+def commands_in(text: str) -> set[str]:
+    return set(re.findall(r"`?\bfewstep ((?:bench )?[a-z]+)\b", text))
+
+
+def test_every_fewstep_command_in_the_readme_exists() -> None:
+    named = commands_in(" ".join(re.findall(r"`([^`]+)`", README)) + SHELL)
+    assert {"serve", "train", "export", "generate", "eval", "bench nfe"} <= named
+    for command in named:
+        assert CliRunner().invoke(app, [*command.split(), "--help"]).exit_code == 0, command
+
+
+def test_every_make_target_in_the_readme_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for _, target, *_ in words("make"):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_every_entry_of_the_tree_exists_and_every_module_is_in_it() -> None:
+    tree = next(text for language, text in BLOCKS if language == "text")
+    paths, folder = set(), ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = name if not line.startswith(" ") and name.endswith("/") else "" if not line.startswith(" ") else folder
+        paths.add(name if name == folder else folder + name)
+    assert all((ROOT / path).exists() for path in paths), [path for path in paths if not (ROOT / path).exists()]
+    parts = ("server/engine", "server/gateway", "export", "tdm_train", "tdm_train/scenes", "benchmarks")
+    modules = {
+        str(file.relative_to(ROOT)) for part in parts for file in (ROOT / part).glob("*.py") if file.name != "__init__.py"
+    }
+    assert modules <= paths, modules - paths
+
+
+def test_every_file_the_readme_links_to_exists() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links
+    assert all((ROOT / link).exists() for link in links), links
+
+
+@pytest.mark.slow
+def test_the_curl_and_python_examples_give_pictures(gateway_url: str, tmp_path: Path) -> None:
+    (curl,) = words("curl")
+    subprocess.run([word.replace("http://127.0.0.1:8000", gateway_url) for word in curl], cwd=tmp_path, check=True, timeout=60)
+    (python,) = (text for language, text in BLOCKS if language == "python")
+    code = python.replace("http://127.0.0.1:8000", gateway_url)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
+    for name in ("out.png", "star.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG"), name

@@ -1,0 +1,269 @@
+"""The real Triton: the same pixels as in process, and alive again after whatever kills it."""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tritonclient.grpc import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+from server.engine.engine import Engine, Request
+from server.gateway import triton_backend
+from server.gateway.backend import BackendFailed, BackendImage, BackendUnavailable, ImageRequest, InvalidRequest, NumericalError
+from server.gateway.triton_backend import TritonBackend
+from tests.conftest import Server, alive, start_server
+from tests.tiny_student import build_tiny_student
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the Triton wheel exists for Linux alone")
+
+BODY = {"prompt": "a red circle above a blue square", "seed": 7}
+
+
+def pixel_hash(url: str, **changes: Any) -> str:
+    """x-pixel-sha256 of one picture from a running server."""
+    answer = httpx.post(
+        f"{url}/v1/images/generations", json=BODY | changes, headers={"accept": "image/png"}, timeout=60
+    ).raise_for_status()
+    return answer.headers["x-pixel-sha256"]
+
+
+def engine_hash(engine: Engine, **changes: Any) -> str:
+    """sha256 of the same picture made here, without a server."""
+    asked = BODY | {"image_index": 0, "num_inference_steps": engine.manifest.default_nfe} | changes
+    size = next(iter(engine.manifest.sizes))
+    request = Request(asked["prompt"], asked["seed"], asked["image_index"], asked["num_inference_steps"], size)
+    return hashlib.sha256(engine.run(request).image.tobytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def engine(bundled_repository: Path) -> Engine:
+    return Engine.open(bundled_repository / "scenes")
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 3, 4])
+def test_triton_equals_in_process_bit_for_bit(triton_server: Server, engine: Engine, nfe: int) -> None:
+    for seed in (0, 7, 2**64 - 1):
+        changes = {"seed": seed, "num_inference_steps": nfe, "image_index": nfe}
+        assert pixel_hash(triton_server.url, **changes) == engine_hash(engine, **changes)
+
+
+def test_eight_at_once_equal_each_one_alone(triton_server: Server, engine: Engine) -> None:
+    requests = [{"seed": seed % 4, "num_inference_steps": 1 + seed % 4} for seed in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda changes: pixel_hash(triton_server.url, **changes), requests))
+    assert together == [engine_hash(engine, **changes) for changes in requests]
+
+
+def test_triton_and_in_process_have_one_fingerprint(triton_server: Server, engine: Engine) -> None:
+    model = httpx.get(f"{triton_server.url}/v1/models/scenes").json()
+    assert model["fingerprint"] == engine.fingerprint
+
+
+def test_the_running_server_says_that_it_is_ready(triton_server: Server) -> None:
+    assert httpx.get(f"{triton_server.url}/readyz", timeout=30).json() == {"status": "ready"}
+
+
+def test_a_prompt_of_too_many_tokens_is_a_400_through_triton(triton_server: Server) -> None:
+    answer = httpx.post(f"{triton_server.url}/v1/images/generations", json={"prompt": "a " * 100}, timeout=30)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "prompt"
+
+
+def test_a_restart_changes_no_pixel_and_leaves_no_process(bundled_repository: Path, engine: Engine) -> None:
+    server = start_server(bundled_repository)
+    children = server.children()
+    assert len(children) >= 2
+    assert pixel_hash(server.url) == engine_hash(engine)
+    assert server.stop(signal.SIGINT) == 0
+    assert not any(alive(pid) for pid in children)
+
+
+def test_a_killed_gateway_takes_triton_with_it(tiny_repository: Path) -> None:
+    server = start_server(tiny_repository)
+    children = server.children()
+    server.stop(signal.SIGKILL)
+    wait_until(lambda: not any(alive(pid) for pid in children), 10)
+
+
+def test_the_in_process_backend_gives_the_same_picture_over_http(bundled_repository: Path, engine: Engine) -> None:
+    server = start_server(bundled_repository, "inprocess")
+    assert pixel_hash(server.url) == engine_hash(engine)
+    assert server.stop() == 0
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+@contextlib.asynccontextmanager
+async def running(repository: Path) -> AsyncIterator[TritonBackend]:
+    backend = TritonBackend(repository)
+    try:
+        await backend.start()
+        yield backend
+    finally:
+        await backend.stop()
+
+
+def tiny_request(**changes: Any) -> ImageRequest:
+    values = {"student": "tiny", "prompt": "a", "seed": 1, "image_index": 0, "nfe": 4, "size": "64x64"}
+    return ImageRequest(**values | changes)  # type: ignore[arg-type]
+
+
+def stub_of(backend: TritonBackend) -> int:
+    """Process id of the first Python stub."""
+    assert backend.server is not None
+    pid = backend.server.process.pid
+    return int(
+        next(text for task in Path(f"/proc/{pid}/task").iterdir() if (text := (task / "children").read_text())).split()[0]
+    )
+
+
+async def healed(backend: TritonBackend, seconds: float) -> BackendImage:
+    """The first image after a fault; anything but an image or BackendUnavailable is a failure."""
+    async with asyncio.timeout(seconds):
+        while True:
+            with contextlib.suppress(BackendUnavailable):
+                return await backend.generate(tiny_request())
+            await asyncio.sleep(0.1)
+
+
+async def survive(backend: TritonBackend, pid: int) -> None:
+    """Kills `pid` while 40 requests are under way: each ends with the right image or as unavailable, and all is well soon."""
+    right = (await backend.generate(tiny_request())).image.tobytes()
+    under_way = [asyncio.create_task(backend.generate(tiny_request())) for _ in range(40)]
+    await asyncio.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    async with asyncio.timeout(30):
+        outcomes = await asyncio.gather(*under_way, return_exceptions=True)
+    for outcome in outcomes:
+        assert isinstance(outcome, BackendUnavailable) or outcome.image.tobytes() == right  # type: ignore[union-attr]
+    assert (await healed(backend, 30)).image.tobytes() == right
+    assert await backend.ready()
+
+
+def test_triton_killed_in_mid_request_is_unavailable_then_healthy(tiny_repository: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_repository) as backend:
+            assert backend.server is not None
+            await survive(backend, backend.server.process.pid)
+
+    asyncio.run(scenario())
+
+
+def test_a_killed_python_stub_is_unavailable_then_healthy(tiny_repository: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_repository) as backend:
+            await survive(backend, stub_of(backend))
+
+    asyncio.run(scenario())
+
+
+def test_a_stub_that_dies_in_silence_is_not_ready_and_is_replaced_unasked(
+    tiny_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_backend, "QUIET_SECONDS", 0.5)
+
+    async def scenario() -> None:
+        async with running(tiny_repository) as backend:
+            os.kill(first := stub_of(backend), signal.SIGKILL)
+            assert not await backend.ready()
+            async with asyncio.timeout(30):
+                while not await backend.ready():
+                    await asyncio.sleep(0.1)
+            assert stub_of(backend) != first
+
+    asyncio.run(scenario())
+
+
+def test_a_frozen_triton_is_replaced(tiny_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "QUIET_SECONDS", 0.5)
+    monkeypatch.setattr(triton_backend, "PROBE_SECONDS", 1.0)
+
+    async def scenario() -> None:
+        async with running(tiny_repository) as backend:
+            assert backend.server is not None
+            os.kill(backend.server.process.pid, signal.SIGSTOP)
+            await healed(backend, 30)
+
+    asyncio.run(scenario())
+
+
+def test_typed_errors_cross_triton(tmp_path: Path) -> None:
+    build_tiny_student(tmp_path)
+    build_tiny_student(tmp_path, "poisoned", poisoned=True)
+
+    async def scenario() -> None:
+        async with running(tmp_path) as backend:
+            assert set(backend.students) == {"tiny", "poisoned"}
+            with pytest.raises(InvalidRequest) as caught:
+                await backend.generate(tiny_request(nfe=9))
+            assert caught.value.param == "nfe"
+            with pytest.raises(NumericalError):
+                await backend.generate(tiny_request(student="poisoned", nfe=2))
+            assert (await backend.generate(tiny_request(student="poisoned", nfe=1))).image.shape == (64, 64, 3)
+
+    asyncio.run(scenario())
+
+
+def test_triton_listens_on_loopback_and_refuses_what_reaches_its_inside(tiny_repository: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_repository) as backend:
+            assert backend.server is not None
+            await asyncio.to_thread(attempt_inside, backend.server.port)
+
+    asyncio.run(scenario())
+
+
+def attempt_inside(port: int) -> None:
+    with InferenceServerClient(f"127.0.0.1:{port}") as client:
+        attempts: list[Callable[[], Any]] = [
+            lambda: client.unload_model("tiny"),
+            lambda: client.load_model("tiny"),
+            lambda: client.get_system_shared_memory_status(),
+            lambda: client.get_log_settings(),
+            lambda: client.get_trace_settings(),
+        ]
+        for attempt in attempts:
+            with pytest.raises(InferenceServerException, match="restricted"):
+                attempt()
+
+
+@pytest.mark.parametrize("name", ["1/student_step.onnx", "1/student.json", "1/model.py", "config.pbtxt"])
+def test_a_spoiled_repository_is_one_line_and_no_process(own_repository: Path, name: str) -> None:
+    path = own_repository / "tiny" / name
+    path.unlink()
+    backend = TritonBackend(own_repository)
+    with pytest.raises(BackendFailed, match=r"is missing") as caught:
+        asyncio.run(backend.start())
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert backend.server is None
+
+
+def test_a_config_of_another_student_is_refused_by_triton(own_repository: Path) -> None:
+    path = own_repository / "tiny" / "config.pbtxt"
+    path.write_text(
+        path.read_text().replace('manifest_sha256" value: { string_value: "', 'manifest_sha256" value: { string_value: "0')
+    )
+
+    async def scenario() -> None:
+        backend = TritonBackend(own_repository)
+        with pytest.raises(BackendFailed, match="do not belong together"):
+            await backend.start()
+        assert backend.server is None
+
+    asyncio.run(scenario())
