@@ -34,7 +34,7 @@ def one_line_errors(extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed: pip install 'fewstep[{extra}]'")
+        fail(f"{error.name} is not installed: run `make venv`, or `pip install --editable '.[{extra}]'` in the checkout")
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
 
