@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fewstep import app
+from tests.conftest import Server
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -62,11 +63,13 @@ def test_every_file_the_readme_links_to_exists() -> None:
 
 
 @pytest.mark.slow
-def test_the_curl_and_python_examples_give_pictures(gateway_url: str, tmp_path: Path) -> None:
+def test_the_curl_and_python_examples_give_pictures(triton_server: Server, tmp_path: Path) -> None:
     (curl,) = words("curl")
-    subprocess.run([word.replace("http://127.0.0.1:8000", gateway_url) for word in curl], cwd=tmp_path, check=True, timeout=60)
+    subprocess.run(
+        [word.replace("http://127.0.0.1:8000", triton_server.url) for word in curl], cwd=tmp_path, check=True, timeout=60
+    )
     (python,) = (text for language, text in BLOCKS if language == "python")
-    code = python.replace("http://127.0.0.1:8000", gateway_url)
+    code = python.replace("http://127.0.0.1:8000", triton_server.url)
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=60)
     for name in ("out.png", "star.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG"), name
