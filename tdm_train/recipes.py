@@ -55,6 +55,7 @@ class TeacherRecipe:
     warmup: int = 200
     ema: float = 0.9995
     text_dropout: float = 0.1
+    noise_shift: float = 2.0  # above 1: more training where it is decided what is drawn
     seed: int = 3
 
     def train(self, out: Path, resume: bool) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,7 +130,15 @@ def launch(train: Callable[..., None], processes: int, *arguments) -> None:
 
 
 def _worker(rank: int, processes: int, port: int, train: Callable[..., None], arguments: tuple) -> None:
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     train(*arguments)
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends this process when the one that started it is gone, however it went: workers must not train on unseen."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

@@ -1,6 +1,11 @@
 """Training runs: resumable, data-parallel, and clear about what they refuse."""
 
 import itertools
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -101,3 +106,35 @@ def test_prompt_files_must_be_text_and_hold_prompts(tmp_path: Path) -> None:
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="is not UTF-8 text"):
         read_prompts(tmp_path / "binary.txt")
+
+
+def test_workers_end_when_the_process_that_started_them_is_killed(tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from tests.test_run import report_and_sleep
+from tdm_train.run import launch
+if __name__ == "__main__":
+    launch(report_and_sleep, 2, Path({str(tmp_path)!r}))
+"""
+    (tmp_path / "parent.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], env=environment)
+    wait_until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    parent.kill()
+    parent.wait()
+    workers = [int(file.stem) for file in tmp_path.glob("*.pid")]
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def report_and_sleep(folder: Path) -> None:
+    (folder / f"{os.getpid()}.pid").touch()
+    time.sleep(300)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Waits for a condition that must come true; fails when it does not."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)

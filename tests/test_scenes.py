@@ -33,7 +33,7 @@ def test_the_same_seed_draws_and_renders_the_same_picture(seed: int) -> None:
 @given(seeds)
 def test_training_scenes_hold_no_held_out_combination_and_held_out_scenes_do(seed: int) -> None:
     def held_out(scene: Scene) -> bool:
-        return any(is_held_out(item.shape, item.colour, scene.background) for item in scene.items)
+        return any(is_held_out(item.shape, item.colour, item.size, scene.background) for item in scene.items)
 
     assert not held_out(draw_scene(seed))
     assert held_out(draw_scene(seed, "held_out"))

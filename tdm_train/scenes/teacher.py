@@ -1,5 +1,6 @@
 """The scenes teacher: a small PixArt transformer with a T5 encoder, trained from scratch on captioned renders."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -101,9 +102,12 @@ class TeacherLoss(nn.Module):
         return (prediction.float() - SCHEDULE.network_target(x0, eps, t)).square().mean()
 
 
-def draw_timesteps(batch: int, device: torch.device) -> torch.Tensor:
-    """[B] in 0 .. 1000: logit-normal (Esser et al. 2024), a quarter uniform so that the ends are learned too."""
-    normal = torch.sigmoid(torch.randn(batch, device=device))
+def draw_timesteps(batch: int, shift: float, device: torch.device) -> torch.Tensor:
+    """[B] in 0 .. 1000: logit-normal (Esser et al. 2024), a quarter uniform so that the ends are learned too.
+
+    `shift` > 1 moves the logit-normal towards noise, where it is decided what is drawn rather than how sharply.
+    """
+    normal = torch.sigmoid(torch.randn(batch, device=device) + math.log(shift))
     uniform = torch.rand(batch, device=device)
     return TRAIN_TIMESTEPS * torch.where(torch.rand(batch, device=device) < 0.25, uniform, normal)
 
@@ -140,9 +144,8 @@ def train_teacher(recipe: TeacherRecipe, out: Path, resume: bool) -> None:
         rows = np.sort(rng.integers(share, size=recipe.batch))
         x0 = torch.from_numpy(latents[rows].astype(np.float32)).to(run.device)
         tokens, mask = draw_tokens(tokenizer, rows + seeds.start, epoch, recipe.text_dropout)
-        loss = loss_of(
-            x0, tokens.to(run.device), mask.to(run.device), draw_timesteps(recipe.batch, run.device), torch.randn_like(x0)
-        )
+        t = draw_timesteps(recipe.batch, recipe.noise_shift, run.device)
+        loss = loss_of(x0, tokens.to(run.device), mask.to(run.device), t, torch.randn_like(x0))
         run.update(loss, loss_of, optimizer)
         smooth += 0.01 * (float(loss.detach()) - smooth)
         run.end_step(loss=smooth)

@@ -1,7 +1,7 @@
 """Scenes: one or two shapes on a plain background, drawn from an integer seed and rendered with antialiasing.
 
-A scene is decided by its seed alone. Scenes that contain a held-out combination of (shape, colour, background) are never
-trained on: a model has seen red stars and yellow backgrounds, but no red star on a yellow background.
+A scene is decided by its seed alone. Scenes that contain a held-out combination of (shape, colour, size, background) are
+never trained on: a model has seen small red stars and yellow backgrounds, but no small red star on a yellow background.
 """
 
 from dataclasses import dataclass
@@ -60,10 +60,12 @@ class Scene:
     background: str
 
 
-def is_held_out(shape: str, colour: str, background: str) -> bool:
-    """Whether this combination is kept for evaluation: one in ten, spread so that every pair of values is trained on."""
-    code = SHAPES.index(shape) + 2 * OBJECT_COLOURS.index(colour) + 3 * BACKGROUNDS.index(background)
-    return code % 10 == 0
+def is_held_out(shape: str, colour: str, size: str, background: str) -> bool:
+    """Whether this combination is kept for evaluation: one in thirty, spread so that every two or three of its four values
+    are trained on together."""
+    shape_index, colour_index = SHAPES.index(shape), OBJECT_COLOURS.index(colour)
+    one_in_ten = (shape_index + 2 * colour_index + 3 * BACKGROUNDS.index(background)) % 10 == 0
+    return one_in_ten and tuple(SIZES).index(size) == (shape_index + colour_index) % 3
 
 
 def draw_scene(seed: int, split: Split = "train") -> Scene:
@@ -71,7 +73,7 @@ def draw_scene(seed: int, split: Split = "train") -> Scene:
     rng = np.random.Generator(np.random.Philox(key=[seed, 0 if split == "train" else 1]))
     while True:
         scene = _draw(rng)
-        held_out = any(is_held_out(item.shape, item.colour, scene.background) for item in scene.items)
+        held_out = any(is_held_out(item.shape, item.colour, item.size, scene.background) for item in scene.items)
         if held_out == (split == "held_out"):
             return scene
 
