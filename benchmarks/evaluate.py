@@ -191,7 +191,7 @@ def draw_grid(rows: list[Row], captions: tuple[str, ...], file: Path, lines: int
             canvas.paste(Image.fromarray(row.pictures[line]), (left, head + line * (side + 4)))
     for line, caption in enumerate(captions[:lines]):
         pen.multiline_text((6, head + line * (side + 4) + 50), _wrap(caption, 50), fill="black")
-    canvas.save(file)
+    canvas.quantize(256).save(file)
 
 
 def _wrap(text: str, width: int) -> str:
