@@ -114,7 +114,7 @@ def test_k_conditioning_travels_through_folder_and_reload(student_folder: Path) 
     student = load_student(student_folder)
     vectors = student.pipeline.transformer.adaln_single.emb.k_embedding
     assert vectors.shape == (5, 192)
-    assert float(vectors.abs().min(1).values.max()) > 0
+    assert float(vectors.detach().abs().min(1).values.max()) > 0
     assert student.nfe_set == (1, 2, 3, 4)
 
 

@@ -6,7 +6,7 @@ import pytest
 from benchmarks.evaluate import Evaluation, server_rows
 from tests.conftest import Server
 
-ADHERENCE_AT_LEAST = {1: 0.2, 4: 0.5}  # of 60 captions; what the bundled student reaches on 500 is in the README
+ADHERENCE_AT_LEAST = {1: 0.15, 4: 0.3}  # three standard errors (60 captions) below what 500 give, see the README
 
 
 @pytest.mark.slow
