@@ -9,7 +9,7 @@ from typing import Literal
 class AutoencoderRecipe:
     """The scenes autoencoder. Batch sizes are per process; whole images use a quarter of the crops' batch."""
 
-    iterations: int = 9000
+    iterations: int = 6500
     batch: int = 32
     lr: float = 1e-3
     warmup: int = 100
@@ -29,7 +29,7 @@ class AutoencoderRecipe:
 class EvaluatorRecipe:
     """The network that reads pictures of the scenes world. The batch size is per process."""
 
-    iterations: int = 3000
+    iterations: int = 2200
     batch: int = 64
     lr: float = 1e-3
     warmup: int = 100
@@ -48,7 +48,7 @@ class TeacherRecipe:
 
     vae: str = "runs/scenes_vae/vae"
     start: str = ""  # a teacher folder to go on from, or nothing for untrained weights
-    scenes: int = 160_000
+    scenes: int = 120_000
     iterations: int = 9000
     batch: int = 128
     lr: float = 1e-3
@@ -74,12 +74,12 @@ class TdmRecipe:
     interval: Literal["separate", "to_terminal"] = "separate"
     prompts: int = 20_000
     text_length: int = 32
-    iterations: int = 2000
+    iterations: int = 800
     batch: int = 64
     student_lr: float = 3e-4
     fake_lr: float = 1e-3
-    warmup: int = 50
-    ema: float = 0.995
+    warmup: int = 30
+    ema: float = 0.99
     seed: int = 4
 
     def train(self, out: Path, resume: bool) -> None:
