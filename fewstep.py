@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,6 +127,8 @@ def evaluate(
 
         if student and url:
             raise ValueError("--student and --url exclude each other")
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", nfe):
+            raise ValueError(f"--nfe {nfe!r}: legal are whole numbers with commas between, e.g. 1,4")
         counts = [int(count) for count in nfe.split(",")]
         evaluation = Evaluation(captions, seed)
         judge = Teacher(teacher, evaluation)

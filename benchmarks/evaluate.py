@@ -130,10 +130,13 @@ class Teacher:
 
 def student_rows(folder: Path, nfe_counts: list[int], evaluation: Evaluation) -> list[Row]:
     """A student folder (PyTorch) or an exported student (a folder of model_repository), at each NFE count."""
-    if (folder / "1" / "student.json").is_file():
-        draw_for = _draw_exported(folder, evaluation)
-    else:
-        draw_for = _draw_student(folder, evaluation)
+    exported = folder / "1" / "student.json"
+    described = exported if exported.is_file() else folder / "student.json"
+    if not described.is_file():
+        raise ValueError(f"{folder} is neither a student folder nor an exported student: it has no student.json")
+    if illegal := [nfe for nfe in nfe_counts if nfe not in (legal := json.loads(described.read_text())["nfe"])]:
+        raise ValueError(f"NFE {illegal[0]} is not one of the student's {', '.join(map(str, legal))}")
+    draw_for = _draw_exported(folder, evaluation) if exported.is_file() else _draw_student(folder, evaluation)
     return [evaluation.row("student", nfe, 1.0, draw_for(nfe)) for nfe in nfe_counts]
 
 

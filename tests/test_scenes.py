@@ -87,9 +87,11 @@ def test_captions_leave_every_kind_of_attribute_open_at_times() -> None:
     assert any(item.size is None for claim in claims for item in claim.items)
 
 
-def test_prompts_for_training_are_never_the_evaluation_captions_scenes() -> None:
+def test_training_prompts_are_decided_by_the_seed_and_evaluation_captions_are_of_held_out_scenes() -> None:
     assert scenes_prompts(5, seed=0) == scenes_prompts(5, seed=0)
     assert scenes_prompts(5, seed=0) != scenes_prompts(5, seed=1)
+    for scene, _, _ in held_out_captions(50, seed=0):
+        assert any(is_held_out(item.shape, item.colour, item.size, scene.background) for item in scene.items)
 
 
 def test_the_evaluator_reads_at_least_98_percent_of_held_out_renders_exactly() -> None:
