@@ -48,7 +48,9 @@ def fail(message: str) -> None:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="scenes_evaluator, scenes_vae, scenes_teacher or scenes_tdm")],
+    recipe: Annotated[
+        str, typer.Argument(help="scenes_evaluator, scenes_vae, scenes_text_encoder, scenes_teacher, scenes_tdm")
+    ],
     out: Annotated[Path, typer.Option(help="folder of the run: checkpoints, then the result")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="change a field of the recipe, e.g. --set iterations=500")
@@ -123,20 +125,21 @@ def evaluate(
     Examples: fewstep eval --nfe 1,4 --captions 100 --grid grid.png; fewstep eval --url http://127.0.0.1:8000
     """
     with one_line_errors("train"):
-        from benchmarks.evaluate import Evaluation, Teacher, draw_grid, report, server_rows, student_rows
+        from benchmarks.evaluate import Evaluation, Teacher, check_nfe, draw_grid, report, server_rows, student_rows
 
         if student and url:
             raise ValueError("--student and --url exclude each other")
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", nfe):
             raise ValueError(f"--nfe {nfe!r}: legal are whole numbers with commas between, e.g. 1,4")
         counts = [int(count) for count in nfe.split(",")]
+        folder = student or ROOT / "model_repository/scenes"
+        check_nfe(folder, url, counts)
         evaluation = Evaluation(captions, seed)
         judge = Teacher(teacher, evaluation)
         rows = [evaluation.rendered(), judge.autoencoder()]
         scales = [float(scale) for scale in guidance.split(",")]
         rows += [judge.row(25, scale) for scale in scales]
         rows += [judge.row(4, scales[-1]), judge.row(2, scales[-1]), judge.row(4, 1.0)]
-        folder = student or ROOT / "model_repository/scenes"
         rows += server_rows(url, counts, evaluation) if url else student_rows(folder, counts, evaluation)
         report(rows, evaluation)
         if grid:

@@ -128,15 +128,26 @@ class Teacher:
         return self.evaluation.row("teacher", steps * (1 if guidance == 1 else 2), guidance, draw)
 
 
-def student_rows(folder: Path, nfe_counts: list[int], evaluation: Evaluation) -> list[Row]:
-    """A student folder (PyTorch) or an exported student (a folder of model_repository), at each NFE count."""
-    exported = folder / "1" / "student.json"
-    described = exported if exported.is_file() else folder / "student.json"
-    if not described.is_file():
-        raise ValueError(f"{folder} is neither a student folder nor an exported student: it has no student.json")
-    if illegal := [nfe for nfe in nfe_counts if nfe not in (legal := json.loads(described.read_text())["nfe"])]:
+def check_nfe(folder: Path, url: str | None, nfe_counts: list[int]) -> None:
+    """Refuses NFE counts that a student (a folder, or the default student behind `url`) does not have, before any work."""
+    if url:
+        answer = httpx.get(f"{url}/v1/models", timeout=60)
+        if answer.status_code != 200:
+            raise ValueError(f"{url}/v1/models answered {answer.status_code}: {answer.text[:300]}")
+        legal = answer.json()["data"][0]["nfe"]
+    else:
+        described = next((file for file in (folder / "1/student.json", folder / "student.json") if file.is_file()), None)
+        if not described:
+            raise ValueError(f"{folder} is neither a student folder nor an exported student: it has no student.json")
+        legal = json.loads(described.read_text())["nfe"]
+    if illegal := [nfe for nfe in nfe_counts if nfe not in legal]:
         raise ValueError(f"NFE {illegal[0]} is not one of the student's {', '.join(map(str, legal))}")
-    draw_for = _draw_exported(folder, evaluation) if exported.is_file() else _draw_student(folder, evaluation)
+
+
+def student_rows(folder: Path, nfe_counts: list[int], evaluation: Evaluation) -> list[Row]:
+    """A student folder (PyTorch) or an exported student (a folder of model_repository), at each of its NFE counts."""
+    exported = (folder / "1" / "student.json").is_file()
+    draw_for = _draw_exported(folder, evaluation) if exported else _draw_student(folder, evaluation)
     return [evaluation.row("student", nfe, 1.0, draw_for(nfe)) for nfe in nfe_counts]
 
 

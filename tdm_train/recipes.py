@@ -43,11 +43,29 @@ class EvaluatorRecipe:
 
 
 @dataclass(frozen=True)
+class TextEncoderRecipe:
+    """The scenes text encoder, taught what captions state. The batch size is per process."""
+
+    iterations: int = 2500
+    batch: int = 64
+    lr: float = 1e-3
+    warmup: int = 150
+    ema: float = 0.99
+    seed: int = 6
+
+    def train(self, out: Path, resume: bool) -> None:
+        from tdm_train.scenes.text_encoder import train_text_encoder
+
+        train_text_encoder(self, out, resume)
+
+
+@dataclass(frozen=True)
 class TeacherRecipe:
-    """The scenes teacher: flow matching with guidance dropout. The batch size is per process."""
+    """The scenes teacher: flow matching with guidance dropout on a frozen text encoder. The batch size is per process."""
 
     vae: str = "runs/scenes_vae/vae"
-    start: str = ""  # a teacher folder to go on from, or nothing for untrained weights
+    text_encoder: str = "runs/scenes_text_encoder/text_encoder"
+    start: str = ""  # a teacher folder whose transformer to go on from, or nothing for untrained weights
     scenes: int = 120_000
     iterations: int = 9000
     batch: int = 128
@@ -91,6 +109,7 @@ class TdmRecipe:
 RECIPES = {
     "scenes_evaluator": EvaluatorRecipe(),
     "scenes_vae": AutoencoderRecipe(),
+    "scenes_text_encoder": TextEncoderRecipe(),
     "scenes_teacher": TeacherRecipe(),
     "scenes_tdm": TdmRecipe(),
 }

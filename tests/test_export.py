@@ -21,7 +21,8 @@ from server.engine.student import StudentManifest
 from tdm_train.checkpoint import load_student, open_teacher, save_student, student_sampler
 from tdm_train.recipes import TdmRecipe
 from tdm_train.scenes.autoencoder import new_autoencoder
-from tdm_train.scenes.teacher import TeacherLoss, new_text_encoder, new_tokenizer, new_transformer, save_teacher
+from tdm_train.scenes.teacher import TeacherLoss, new_transformer, save_teacher
+from tdm_train.scenes.text_encoder import new_text_encoder, new_tokenizer
 from tdm_train.steps_aware import make_steps_aware
 from tdm_train.trainer import describe
 
@@ -76,8 +77,8 @@ def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("student")
     torch.manual_seed(0)
     tokenizer = new_tokenizer()
-    module = TeacherLoss(new_transformer(), new_text_encoder(len(tokenizer)))
-    save_teacher(module, new_autoencoder(), tokenizer, folder / "teacher")
+    text_encoder = new_text_encoder(len(tokenizer))
+    save_teacher(TeacherLoss(new_transformer()), text_encoder, new_autoencoder(), tokenizer, folder / "teacher")
     teacher = open_teacher(folder / "teacher")
     transformer = teacher.transformer
     make_steps_aware(transformer, (1, 2, 3, 4))

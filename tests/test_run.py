@@ -76,7 +76,7 @@ def test_a_recipe_takes_changes_of_its_own_fields_alone() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nope", "--out", "x"], "recipe 'nope' is not one of scenes_evaluator, scenes_vae, scenes_teacher, scenes_tdm"),
+        (["nope", "--out", "x"], "recipe 'nope' is not one of scenes_evaluator, scenes_vae, scenes_text_encoder,"),
         (["scenes_tdm", "--out", "x", "--set", "stepz=4"], "legal are field=value with a field of teacher, nfe"),
         (["scenes_tdm", "--out", "x", "--set", "iterations=many"], "iterations takes int values"),
         (["scenes_tdm", "--out", "x", "--set", "teacher=/nowhere"], "is not a diffusers folder"),

@@ -2,13 +2,22 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tdm_train.scenes.captions import PLACE_PHRASES, Claim, ItemClaim, caption
 from tdm_train.scenes.evaluator import Reading, adherence, frechet_distance, judge, load_evaluator
 from tdm_train.scenes.prompts import held_out_captions, scenes_prompts
-from tdm_train.scenes.teacher import TEXT_LENGTH, new_tokenizer
+from tdm_train.scenes.text_encoder import (
+    SLOTS,
+    TEXT_LENGTH,
+    ClaimReader,
+    answers_of,
+    draw_claims,
+    new_text_encoder,
+    new_tokenizer,
+)
 from tdm_train.scenes.world import COLOURS, LAYOUTS, Item, Scene, draw_scene, is_held_out, render, render_batch
 
 seeds = st.integers(0, 2**62)
@@ -125,3 +134,33 @@ def test_the_frechet_distance_of_two_gaussians_is_the_closed_form() -> None:
 
 def test_places_are_named_for_every_single_layout() -> None:
     assert tuple(PLACE_PHRASES) == LAYOUTS[:9]
+
+
+def test_a_relation_decides_the_slots_of_a_claim_and_an_open_order_decides_none() -> None:
+    red, blue = ItemClaim("circle", "red", None), ItemClaim("square", "blue", "small")
+    left, right, top, bottom, one, _ = range(len(SLOTS))
+    shapes = answers_of([Claim((red, blue), "side by side", None), Claim((red, blue), "stacked", None)])["shape"]
+    assert shapes[0, left] == shapes[1, top] != shapes[0, right] == shapes[1, bottom]
+    lone = answers_of([Claim((red,), "top left", "white")])
+    assert (lone["shape"][0] > 0).nonzero().flatten().tolist() == [one]
+    reader = ClaimReader(new_text_encoder(len(TOKENIZER)))
+    encoded = TOKENIZER(["a red circle and a small blue square"], return_tensors="pt")
+    pair, swapped = (answers_of([Claim(items, None, None)]) for items in ((red, blue), (blue, red)))
+    losses = [reader(encoded.input_ids, encoded.attention_mask, answers) for answers in (pair, swapped)]
+    assert torch.allclose(*losses), "without a stated order either order is right"
+    assert pair["shape"][0, one] != swapped["shape"][0, one]
+
+
+@pytest.mark.slow
+def test_a_text_encoder_learns_to_tell_which_object_of_a_pair_is_which() -> None:
+    torch.manual_seed(0)
+    reader = ClaimReader(new_text_encoder(len(TOKENIZER)))
+    tokens, mask, answers = draw_claims(TOKENIZER, range(24))
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        reader(tokens, mask, answers).backward()
+        optimizer.step()
+    assert reader.exact(tokens, mask, answers).float().mean() >= 0.9
+    wrong = {**answers, "shape": answers["shape"].roll(1, 0)}
+    assert reader.exact(tokens, mask, wrong).float().mean() <= 0.2

@@ -1,4 +1,4 @@
-"""The scenes teacher: a small PixArt transformer with a T5 encoder, trained from scratch on captioned renders."""
+"""The scenes teacher: a small PixArt transformer trained from scratch on captioned renders, under a frozen T5 encoder."""
 
 import math
 from pathlib import Path
@@ -7,42 +7,21 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from tdm_train.checkpoint import open_teacher
 from tdm_train.denoiser import PixArtDenoiser, Text
 from tdm_train.recipes import TeacherRecipe
 from tdm_train.run import Run
 from tdm_train.scenes.autoencoder import to_blocks
-from tdm_train.scenes.captions import caption, vocabulary
+from tdm_train.scenes.captions import caption
+from tdm_train.scenes.text_encoder import new_tokenizer
 from tdm_train.scenes.world import draw_scene, render
 from tdm_train.schedule import TRAIN_TIMESTEPS, NoiseSchedule
 
-TEXT_LENGTH = 32
 SCHEDULE = NoiseSchedule("flow_prediction")
-
-
-def new_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the world's captions, lower-cased, closed by `</s>`; other words become `<unk>`."""
-    words = ("<pad>", "</s>", "<unk>", *vocabulary())
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_LENGTH
-    )
-
-
-def new_text_encoder(vocabulary_size: int) -> T5EncoderModel:
-    """An untrained T5 encoder: 2 layers of width 96."""
-    config = T5Config(
-        vocab_size=vocabulary_size, d_model=96, d_kv=24, d_ff=256, num_layers=2, num_heads=4, dropout_rate=0.0, pad_token_id=0
-    )
-    return T5EncoderModel(config)
 
 
 def new_transformer() -> PixArtTransformer2DModel:
@@ -87,17 +66,14 @@ def encode_scenes(vae: AutoencoderKL, seeds: range, file: Path) -> np.ndarray:
 
 
 class TeacherLoss(nn.Module):
-    """Flow matching with the text encoder trained along; a module so that gradients synchronise between processes."""
+    """Flow matching; a module so that gradients synchronise between processes."""
 
-    def __init__(self, transformer: PixArtTransformer2DModel, text_encoder: T5EncoderModel):
+    def __init__(self, transformer: PixArtTransformer2DModel):
         super().__init__()
-        self.denoiser, self.text_encoder = PixArtDenoiser(transformer, SCHEDULE), text_encoder
+        self.denoiser = PixArtDenoiser(transformer, SCHEDULE)
 
-    def forward(
-        self, x0: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, t: torch.Tensor, eps: torch.Tensor
-    ) -> torch.Tensor:
-        """Mean squared error of the flow at x_t for x0, eps [B, 8, 8, 8], tokens and mask [B, L], t [B]."""
-        text = Text(self.text_encoder(tokens, attention_mask=mask).last_hidden_state, mask)
+    def forward(self, x0: torch.Tensor, text: Text, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of the flow at x_t for x0, eps [B, 8, 8, 8] and t [B]."""
         prediction = self.denoiser.predict(SCHEDULE.add_noise(x0, eps, t), t, text)
         return (prediction.float() - SCHEDULE.network_target(x0, eps, t)).square().mean()
 
@@ -112,17 +88,22 @@ def draw_timesteps(batch: int, shift: float, device: torch.device) -> torch.Tens
     return TRAIN_TIMESTEPS * torch.where(torch.rand(batch, device=device) < 0.25, uniform, normal)
 
 
-def draw_tokens(
-    tokenizer: PreTrainedTokenizerFast, seeds: np.ndarray, epoch: int, dropout: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fresh captions of scenes -> (tokens, mask), each int64 [B, L]; a share `dropout` is the empty caption."""
+def draw_captions(seeds: np.ndarray, epoch: int, dropout: float) -> list[str]:
+    """Fresh captions of scenes, another wording in each epoch; a share `dropout` is the empty caption."""
     texts = []
     for seed in seeds:
         rng = np.random.Generator(np.random.Philox(key=[int(seed), 10 + epoch]))
         text, _ = caption(draw_scene(int(seed)), rng)
         texts.append("" if rng.random() < dropout else text)
-    encoded = tokenizer(texts, padding=True, pad_to_multiple_of=4, return_tensors="pt")
-    return encoded.input_ids, encoded.attention_mask
+    return texts
+
+
+@torch.no_grad()
+def encode_text(tokenizer: PreTrainedTokenizerFast, text_encoder: T5EncoderModel, texts: list[str]) -> Text:
+    """Texts on the text encoder's device: emb [B, L, D], mask [B, L], padded to a multiple of 4 tokens."""
+    encoded = tokenizer(texts, padding=True, pad_to_multiple_of=4, return_tensors="pt").to(text_encoder.device)
+    emb = text_encoder(encoded.input_ids, attention_mask=encoded.attention_mask).last_hidden_state
+    return Text(emb, encoded.attention_mask)
 
 
 def train_teacher(recipe: TeacherRecipe, out: Path, resume: bool) -> None:
@@ -130,12 +111,13 @@ def train_teacher(recipe: TeacherRecipe, out: Path, resume: bool) -> None:
     run = Run(out, recipe.iterations, recipe.seed, resume)
     vae = AutoencoderKL.from_pretrained(recipe.vae).to(memory_format=torch.channels_last)
     vae.set_attn_processor(AttnProcessor())
+    text_encoder = T5EncoderModel.from_pretrained(recipe.text_encoder, dtype=torch.float32).to(run.device).eval()
     share = recipe.scenes // run.processes
     seeds = range(run.rank * share, (run.rank + 1) * share)
     latents = encode_scenes(vae, seeds, out / f"latents_{run.rank}_of_{run.processes}_{recipe.scenes}.npy")
     tokenizer = new_tokenizer()
     torch.manual_seed(recipe.seed)
-    module = start_weights(recipe, len(tokenizer))
+    module = TeacherLoss(open_teacher(Path(recipe.start)).transformer if recipe.start else new_transformer())
     torch.manual_seed(recipe.seed * 1000 + run.rank)
     loss_of, optimizer = run.prepare(module, recipe.lr, recipe.warmup, recipe.ema, betas=(0.9, 0.99), weight_decay=0.01)
     smooth = 1.0
@@ -143,29 +125,27 @@ def train_teacher(recipe: TeacherRecipe, out: Path, resume: bool) -> None:
         epoch, rng = step * recipe.batch // share, np.random.Generator(np.random.Philox(key=[recipe.seed, step]))
         rows = np.sort(rng.integers(share, size=recipe.batch))
         x0 = torch.from_numpy(latents[rows].astype(np.float32)).to(run.device)
-        tokens, mask = draw_tokens(tokenizer, rows + seeds.start, epoch, recipe.text_dropout)
+        text = encode_text(tokenizer, text_encoder, draw_captions(rows + seeds.start, epoch, recipe.text_dropout))
         t = draw_timesteps(recipe.batch, recipe.noise_shift, run.device)
-        loss = loss_of(x0, tokens.to(run.device), mask.to(run.device), t, torch.randn_like(x0))
+        loss = loss_of(x0, text, t, torch.randn_like(x0))
         run.update(loss, loss_of, optimizer)
         smooth += 0.01 * (float(loss.detach()) - smooth)
         run.end_step(loss=smooth)
     if run.rank == 0:
-        save_teacher(run.averages[0][0].module, vae, tokenizer, out / "teacher")
+        save_teacher(run.averages[0][0].module, text_encoder, vae, tokenizer, out / "teacher")
 
 
-def start_weights(recipe: TeacherRecipe, vocabulary_size: int) -> TeacherLoss:
-    """Untrained networks, or those of the teacher folder that the recipe goes on from."""
-    if not recipe.start:
-        return TeacherLoss(new_transformer(), new_text_encoder(vocabulary_size))
-    pipeline = open_teacher(Path(recipe.start))
-    return TeacherLoss(pipeline.transformer, pipeline.text_encoder)
-
-
-def save_teacher(module: TeacherLoss, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_teacher(
+    module: TeacherLoss,
+    text_encoder: T5EncoderModel,
+    vae: AutoencoderKL,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+) -> None:
     """Writes a folder that `DiffusionPipeline.from_pretrained` opens, weights in half precision."""
     pipeline = PixArtSigmaPipeline(
         tokenizer=tokenizer,
-        text_encoder=module.text_encoder,
+        text_encoder=text_encoder,
         vae=vae,
         transformer=module.denoiser.transformer,
         scheduler=teacher_sampler(),
