@@ -114,29 +114,6 @@ def test_an_output_of_the_wrong_shape_makes_no_image(tiny_repository: Path) -> N
         engine.run(request())
 
 
-def test_a_row_has_the_same_bits_in_every_batch_and_slot(bundled_repository: Path) -> None:
-    engine = Engine.open(bundled_repository / "scenes")
-    size = next(iter(engine.manifest.sizes))
-    alone = [engine.start(request(seed=seed, size=size)) for seed in range(3)]
-    rows = [
-        {
-            "latents": one.latents,
-            "x0_prev": one.x0,
-            "timestep": one.table[:1, 0],
-            "coefficients": one.table[:1, 1:],
-            "nfe": np.array([4], np.int64),
-            "text_emb": one.text_emb,
-            "mask": one.mask,
-        }
-        for one in alone
-    ]
-    batch = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-    together = engine.sessions["student_step"].run(batch)
-    for slot, row in enumerate(rows):
-        for all_rows, one_row in zip(together, engine.sessions["student_step"].run(row), strict=True):
-            assert np.array_equal(all_rows[slot], one_row[0])
-
-
 def test_weights_outside_the_graph_s_own_file_are_refused(own_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = own_repository / "tiny" / "1" / "vae_decoder.onnx"
     outside = own_repository / "outside.onnx"

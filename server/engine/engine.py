@@ -1,74 +1,100 @@
-"""One request from prompt to pixels: tokenise, text encoder, NFEs, decoder.
+"""A student's three stages on batches of requests: prepare, one NFE, decode.
 
-`start`, `step` and `finish` work on a `Progress` that holds all the state of a request, so whoever calls them decides
-what runs between two NFEs.
+A `Progress` holds all the state of one image, so whoever calls `step` decides what runs between two NFEs and with whom:
+rows of a batch may be at different steps and have different NFE counts. See scheduler.py for who does.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
-from server.engine.errors import InvalidRequest, NumericalError, StudentError
+from server.engine.errors import InvalidRequest, NumericalError
 from server.engine.fingerprint import fingerprint
 from server.engine.noise import initial_latents
 from server.engine.session import OnnxSession, Session
 from server.engine.student import GRAPHS, ExportedStudent, StudentManifest, open_student
+from server.engine.text import Text, TextEncoder, open_tokenizer
 
-PAD = 0
+DECODE_BATCH = 2  # on CPU more rows bring no throughput, only waiting: see benchmarks/results
+Floats = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Request:
-    """One image of one request. seed: 0..2^64-1; size: "WxH"."""
+    """One image of one request. seed: 0..2^64-1; size: "WxH"; previews: after which NFEs (1 .. nfe - 1) x0 is shown."""
 
     prompt: str
     seed: int
     image_index: int
     nfe: int
     size: str
+    previews: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Span:
+    """One stage of one request: begin on the clock of time.perf_counter_ns, nanoseconds it took, rows that shared the call."""
+
+    stage: str
+    begin: int
+    nanoseconds: int
+    batch: int = 1
 
 
 @dataclass
 class Progress:
-    """A request under way. Arrays have a batch dimension of 1; table [nfe, 4] float32; nanoseconds by stage."""
+    """A request under way. Arrays have a batch dimension of 1; table [nfe, 4] float32."""
 
     request: Request
-    table: npt.NDArray[np.float32]
-    tokens: int
-    mask: npt.NDArray[np.int64]
-    text_emb: npt.NDArray[np.float32]
-    latents: npt.NDArray[np.float32]
-    x0: npt.NDArray[np.float32]
-    nanoseconds: dict[str, int]
+    table: Floats
+    text: Text
+    latents: Floats
+    x0: Floats
+    spans: list[Span]
     step: int = 0
+
+    @property
+    def remaining(self) -> int:
+        """NFEs still to run."""
+        return self.request.nfe - self.step
 
 
 @dataclass(frozen=True)
 class Result:
-    """image uint8 [H, W, 3]; nanoseconds by stage, in the order they ran; tokens of the prompt, eos included."""
+    """image uint8 [H, W, 3]; spans in the order they ran; tokens of the prompt, end mark included."""
 
-    image: npt.NDArray[np.uint8]
-    nanoseconds: dict[str, int]
+    image: Pixels
+    spans: tuple[Span, ...]
     tokens: int
     fingerprint: str
+
+    @property
+    def nanoseconds(self) -> dict[str, int]:
+        """Nanoseconds by stage, in the order they ran: text_encoder (tokeniser included), noise, nfe1 .., vae_decoder."""
+        return {span.stage: span.nanoseconds for span in self.spans if span.stage != "preview"}
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A student ready to run. One call at a time."""
+    """A student ready to run. `prepare` may be called from any thread, everything else by one thread at a time.
+
+    fixed_batch: pads every student_step to this many rows, so that every call has one shape. For runtimes whose bits
+    depend on the batch; the CPU provider's do not.
+    """
 
     manifest: StudentManifest
-    tokenizer: Tokenizer
+    text_encoder: TextEncoder
     sessions: dict[str, Session]
     fingerprint: str
-    tables: dict[int, npt.NDArray[np.float32]] = field(repr=False)
+    tables: dict[int, Floats] = field(repr=False)
+    fixed_batch: int | None = None
+    buffers: dict[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, folder: Path) -> "Engine":
@@ -81,55 +107,102 @@ class Engine:
         manifest = student.manifest
         sessions: dict[str, Session] = {graph: OnnxSession(graph, student.files[f"{graph}.onnx"]) for graph in GRAPHS}
         tables = {nfe: np.array(manifest.tables[str(nfe)], np.float32) for nfe in manifest.nfe}
-        return cls(manifest, open_tokenizer(student.files["tokenizer.json"]), sessions, fingerprint(manifest), tables)
+        tokenizer = open_tokenizer(student.files["tokenizer.json"])
+        text_encoder = TextEncoder(tokenizer, sessions["text_encoder"], manifest.text_length)
+        return cls(manifest, text_encoder, sessions, fingerprint(manifest), tables)
+
+    @property
+    def max_batch(self) -> int:
+        """Rows that one NFE may have."""
+        return self.fixed_batch or self.manifest.max_batch
+
+    @property
+    def max_decode_batch(self) -> int:
+        """Rows that one decode may have."""
+        return 1 if self.fixed_batch else min(DECODE_BATCH, self.manifest.max_batch)
 
     def run(self, request: Request) -> Result:
-        """All stages. Raises InvalidRequest or NumericalError."""
-        progress = self.start(request)
-        while progress.step < request.nfe:
-            self.step(progress)
-        return self.finish(progress)
+        """One image alone, from prompt to pixels. Raises InvalidRequest or NumericalError."""
+        progress = self.prepare(request)
+        while progress.remaining:
+            if error := self.step([progress])[0]:
+                raise error
+        begin = time.perf_counter_ns()
+        (image,) = self.decode(request.size, [progress.latents])
+        progress.spans.append(Span("vae_decoder", begin, time.perf_counter_ns() - begin))
+        return self.result(progress, image)
 
-    def start(self, request: Request) -> Progress:
+    def prepare(self, request: Request) -> Progress:
         """Everything before the first NFE. Raises InvalidRequest."""
         self.check(request)
-        nanoseconds: dict[str, int] = {}
-        with timed(nanoseconds, "tokenise"):
-            tokens, mask, length = self.tokenise(request.prompt)
-        with timed(nanoseconds, "text_encoder"):
-            (text_emb,) = self.sessions["text_encoder"].run({"tokens": tokens, "mask": mask})
-        with timed(nanoseconds, "noise"):
-            shape = self.manifest.sizes[request.size]
-            latents = initial_latents(request.seed, request.image_index, shape, self.manifest.init_noise_sigma)[None]
-        x0 = np.zeros_like(latents)
-        return Progress(request, self.tables[request.nfe], length, mask, text_emb, latents, x0, nanoseconds)
+        begin = time.perf_counter_ns()
+        text = self.text_encoder.encode(request.prompt)
+        encoded = time.perf_counter_ns()
+        shape = self.manifest.sizes[request.size]
+        latents = initial_latents(request.seed, request.image_index, shape, self.manifest.init_noise_sigma)[None]
+        drawn = time.perf_counter_ns()
+        spans = [Span("text_encoder", begin, encoded - begin), Span("noise", encoded, drawn - encoded)]
+        return Progress(request, self.tables[request.nfe], text, latents, np.zeros_like(latents), spans)
 
-    def step(self, progress: Progress) -> None:
-        """One NFE: replaces latents and x0. Raises NumericalError."""
-        row = progress.table[progress.step : progress.step + 1]
-        inputs: dict[str, npt.NDArray[Any]] = {
-            "latents": progress.latents,
-            "x0_prev": progress.x0,
-            "timestep": row[:, 0],
-            "coefficients": row[:, 1:],
-            "nfe": np.array([progress.request.nfe], np.int64),
-            "text_emb": progress.text_emb,
-            "mask": progress.mask,
+    def step(self, batch: Sequence[Progress]) -> list[NumericalError | None]:
+        """One NFE of every member: replaces its latents and x0, or says why it cannot go on. All have one size.
+
+        Whatever the session raises leaves every member as it was.
+        """
+        assert 0 < len(batch) <= self.max_batch
+        assert len({member.latents.shape for member in batch}) == 1
+        rows = np.stack([member.table[member.step] for member in batch])
+        inputs = {
+            "latents": self.gather("latents", [member.latents for member in batch]),
+            "x0_prev": self.gather("x0_prev", [member.x0 for member in batch]),
+            "timestep": self.gather("timestep", list(rows[:, :1])),
+            "coefficients": self.gather("coefficients", list(rows[:, None, 1:])),
+            "nfe": self.gather("nfe", [np.array([member.request.nfe], np.int64) for member in batch]),
+            "text_emb": self.gather("text_emb", [member.text.emb for member in batch]),
+            "mask": self.gather("mask", [member.text.mask for member in batch]),
         }
-        with timed(progress.nanoseconds, f"nfe{progress.step + 1}"):
-            latents, x0 = self.sessions["student_step"].run(inputs)
-        check_output("x0", x0, progress.x0.shape)
-        check_output("latents", latents, progress.latents.shape)
-        progress.latents, progress.x0, progress.step = latents, x0, progress.step + 1
+        begin = time.perf_counter_ns()
+        outputs = self.sessions["student_step"].run(inputs)
+        nanoseconds = time.perf_counter_ns() - begin
+        expected = inputs["latents"].shape
+        if [output.shape for output in outputs] != [expected, expected]:
+            return [NumericalError(f"a step gave shapes {[o.shape for o in outputs]}, expected {expected}") for _ in batch]
+        finite = np.logical_and(*(np.isfinite(output).reshape(len(output), -1).all(1) for output in outputs))
+        for row, member in enumerate(batch):
+            if finite[row]:
+                member.latents, member.x0 = (output[row : row + 1] for output in outputs)
+                member.step += 1
+                member.spans.append(Span(f"nfe{member.step}", begin, nanoseconds, len(batch)))
+        return [None if ok else NumericalError("the student's output is not finite: no image was made") for ok in finite]
 
-    def finish(self, progress: Progress) -> Result:
-        """Decodes the latents after the last NFE."""
-        with timed(progress.nanoseconds, "vae_decoder"):
-            (images,) = self.sessions["vae_decoder"].run({"latents": progress.latents})
-        width, height = map(int, progress.request.size.split("x"))
-        if images.shape != (1, height, width, 3) or images.dtype != np.uint8:
-            raise NumericalError(f"the decoder gave {images.dtype} {images.shape}, expected uint8 {(1, height, width, 3)}")
-        return Result(images[0], progress.nanoseconds, progress.tokens, self.fingerprint)
+    def decode(self, size: str, latents: Sequence[Floats]) -> list[Pixels]:
+        """Latents [1, C, h, w] each, last ones or x0 on the way -> uint8 [H, W, 3] each. Raises NumericalError."""
+        assert 0 < len(latents) <= self.max_decode_batch
+        assert len({one.shape for one in latents}) == 1
+        (images,) = self.sessions["vae_decoder"].run({"latents": self.gather("decoded", latents, pad=False)})
+        width, height = map(int, size.split("x"))
+        expected = (len(latents), height, width, 3)
+        if images.shape != expected or images.dtype != np.uint8:
+            raise NumericalError(f"the decoder gave {images.dtype} {images.shape}, expected uint8 {expected}")
+        return list(images)
+
+    def result(self, progress: Progress, image: Pixels) -> Result:
+        """What is told about a finished request."""
+        return Result(image, tuple(progress.spans), progress.text.tokens, self.fingerprint)
+
+    def gather(self, name: str, rows: Sequence[npt.NDArray[Any]], pad: bool = True) -> npt.NDArray[Any]:
+        """Rows [1, ...] -> [B, ...]: the row itself if it is alone, else a view of a buffer that the next call overwrites."""
+        count = max(len(rows), self.fixed_batch or 0) if pad else len(rows)
+        if count == 1:
+            return rows[0]
+        shape = rows[0].shape[1:]
+        key = f"{name}{shape}"
+        if key not in self.buffers:
+            self.buffers[key] = np.empty((max(self.max_batch, self.manifest.max_batch), *shape), rows[0].dtype)
+        batch = self.buffers[key][:count]
+        for slot in range(count):
+            batch[slot] = rows[min(slot, len(rows) - 1)][0]
+        return batch
 
     def check(self, request: Request) -> None:
         """Raises InvalidRequest for what this student was not exported for."""
@@ -144,41 +217,5 @@ class Engine:
             raise InvalidRequest(f"seed must be 0 to {2**64 - 1}, got {request.seed}", "seed")
         if not 0 <= request.image_index < 2**32:
             raise InvalidRequest(f"image_index must be 0 to {2**32 - 1}, got {request.image_index}", "image_index")
-
-    def tokenise(self, prompt: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
-        """prompt -> tokens [1, L] int64, mask [1, L] int64, tokens used. Raises InvalidRequest, never truncates."""
-        try:
-            ids = self.tokenizer.encode(prompt).ids
-        except TypeError:  # what the binding makes of a str that has no UTF-8
-            raise InvalidRequest("prompt holds a lone surrogate; send valid Unicode", "prompt") from None
-        length = self.manifest.text_length
-        if len(ids) > length:
-            raise InvalidRequest(f"prompt has {len(ids)} tokens, at most {length} are understood (end mark included)", "prompt")
-        tokens, mask = np.full((1, length), PAD, np.int64), np.zeros((1, length), np.int64)
-        tokens[0, : len(ids)], mask[0, : len(ids)] = ids, 1
-        return tokens, mask, len(ids)
-
-
-@contextmanager
-def timed(nanoseconds: dict[str, int], stage: str) -> Iterator[None]:
-    """Writes the nanoseconds spent inside to `nanoseconds[stage]`."""
-    begin = time.perf_counter_ns()
-    yield
-    nanoseconds[stage] = time.perf_counter_ns() - begin
-
-
-def check_output(name: str, values: npt.NDArray[np.float32], shape: tuple[int, ...]) -> None:
-    """Raises NumericalError when a step's output has another shape or is not finite."""
-    if values.shape != shape or not np.isfinite(values).all():
-        raise NumericalError(f"the student's {name} is not finite or not of shape {shape}: no image was made")
-
-
-def open_tokenizer(contents: bytes) -> Tokenizer:
-    """tokenizer.json -> a tokenizer that neither pads nor truncates; raises StudentError."""
-    try:
-        tokenizer = Tokenizer.from_buffer(contents)
-    except Exception as error:  # the binding raises bare Exception
-        raise StudentError(f"tokenizer.json cannot be parsed: {error}; export the student again") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        if any(not 0 < step < request.nfe for step in request.previews):
+            raise InvalidRequest(f"previews must be after NFE 1 to {request.nfe - 1}, got {request.previews}", "previews")

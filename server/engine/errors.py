@@ -3,7 +3,10 @@
 EngineError
 ├── StudentError       the exported student cannot be opened: says which file and how to mend it
 ├── InvalidRequest     the request asks for what this student cannot do: `param` names the field
-└── NumericalError     NaN or Inf came out of the network: never an image
+├── NumericalError     NaN or Inf came out of the network: never an image
+├── Cancelled          nobody wants the image any more
+├── DeadlineExceeded   the request's time was up in the queue or between two NFEs
+└── ShuttingDown       the engine takes no more requests
 """
 
 import json
@@ -38,6 +41,29 @@ class NumericalError(EngineError):
     code = "numerical_error"
 
 
+class Cancelled(EngineError):
+    """Whoever asked went away; no answer can reach them."""
+
+    code = "cancelled"
+
+
+class DeadlineExceeded(EngineError):
+    """The deadline passed before the image was done."""
+
+    code = "deadline_exceeded"
+
+
+class ShuttingDown(EngineError):
+    """The engine finishes what it has and takes no more."""
+
+    code = "shutting_down"
+
+
+BY_CODE: dict[str, type[EngineError]] = {
+    kind.code: kind for kind in (EngineError, NumericalError, Cancelled, DeadlineExceeded, ShuttingDown)
+}
+
+
 def to_wire(error: EngineError) -> str:
     """The error as one line of JSON: Triton's own error codes are too few, and they mislead."""
     return json.dumps({"code": error.code, "message": str(error), "param": error.param})
@@ -52,4 +78,4 @@ def from_wire(text: str) -> EngineError | None:
         return None
     if code == InvalidRequest.code:
         return InvalidRequest(message, param)
-    return NumericalError(message) if code == NumericalError.code else EngineError(message)
+    return BY_CODE.get(code, EngineError)(message)

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import tokenizers
 
 from server.engine.noise import RNG_VERSION
-from server.engine.session import OPTIMISATION_LEVEL, PROVIDER, THREADS
+from server.engine.session import BATCH_POLICY, OPTIMISATION_LEVEL, PROVIDER, THREADS
 from server.engine.student import StudentManifest
 
 # onnxruntime chooses its kernels by these, and kernels differ in the last bits.
@@ -32,6 +32,7 @@ def ingredients(manifest: StudentManifest) -> dict[str, Any]:
         "onnxruntime": ort.__version__,
         "optimisation_level": OPTIMISATION_LEVEL,
         "threads": THREADS,
+        "batch_policy": BATCH_POLICY,
         "rng": RNG_VERSION,
         "tokenizers": tokenizers.__version__,
         "device": device_class(),

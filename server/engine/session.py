@@ -14,6 +14,9 @@ Tensors = dict[str, npt.NDArray[Any]]
 # The optimisation level changes the last bits of a float32, so it is pinned, and it belongs to the fingerprint.
 OPTIMISATION_LEVEL = "all"
 PROVIDER = "CPUExecutionProvider"
+DEVICE = "cpu"
+# On this provider a row has the same bits in every batch and slot, so batches are formed freely; tests hold it to that.
+BATCH_POLICY = "any"
 THREADS = 1
 LOG_FATAL_ONLY = 4  # every error is raised as well, and one line is enough
 

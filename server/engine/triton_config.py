@@ -17,11 +17,15 @@ INPUTS = {
     "image_index": "TYPE_UINT32",
     "nfe": "TYPE_INT32",
     "size": "TYPE_STRING",
+    "previews": "TYPE_UINT32",
+    "timeout_ms": "TYPE_UINT32",
 }
 
 
 def triton_config(manifest: StudentManifest) -> str:
     """The text of config.pbtxt: one request is one image, answered on a stream whose last response holds the pixels.
+
+    previews: bit i set means that x0 is shown after NFE i + 1; timeout_ms: 0 for no deadline.
 
     max_batch_size is 0 because the engine batches between NFEs itself, which Triton cannot do.
     """

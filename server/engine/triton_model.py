@@ -1,6 +1,6 @@
-"""The engine inside Triton's Python backend: one Triton request is one image, answered on a decoupled stream.
+"""The scheduler inside Triton's Python backend: one Triton request is one image, answered on a decoupled stream.
 
-The only file that imports triton_python_backend_utils, which exists inside Triton's stub process alone.
+Only this file and triton_metrics.py import triton_python_backend_utils, which exists inside Triton's stub process alone.
 """
 
 import json
@@ -10,57 +10,89 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb
 
-from server.engine.engine import Engine, Request, Result
-from server.engine.errors import EngineError, StudentError, to_wire
+from server.engine.device import DeviceLock, Priority
+from server.engine.engine import Engine, Pixels, Request, Result
+from server.engine.errors import Cancelled, EngineError, StudentError, to_wire
+from server.engine.scheduler import Scheduler
+from server.engine.session import DEVICE
+from server.engine.triton_metrics import TritonMetrics
 
 
 class TritonPythonModel:
-    """Triton calls initialize once, execute for every batch of requests."""
+    """Triton calls initialize once, execute for every batch of requests, finalize at the end."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Opens the student; an exception here makes Triton report the model as failed, with its message."""
         version = Path(args["model_repository"]) / args["model_version"]  # "repository" is the model's folder
-        self.engine = Engine.open(version.parent)
-        check_config(json.loads(args["model_config"]), self.engine.manifest.digest())
+        engine = Engine.open(version.parent)
+        check_config(json.loads(args["model_config"]), engine.manifest.digest())
+        self.metrics = TritonMetrics(engine.manifest.name)
+        self.scheduler = Scheduler(engine, DeviceLock(DEVICE, Priority.HIGH), self.metrics)
+        self.thread = self.scheduler.start()
 
     def execute(self, requests: list[Any]) -> None:
-        """Answers every request on its own stream; an exception here would fail its neighbours too, so none leaves."""
+        """Hands every request to the scheduler; an exception here would fail its neighbours too, so none leaves."""
         for request in requests:
-            sender = request.get_response_sender()
-            sender.send(self.response(request), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            sink = TritonSink(request.get_response_sender())
+            try:
+                asked, seconds = read_request(request)
+                self.scheduler.submit(asked, sink, seconds)
+            except EngineError as error:
+                sink.failed(error)
+            except Exception as error:
+                sink.failed(EngineError(f"{type(error).__name__}: {error}"))
 
-    def response(self, request: Any) -> Any:
-        """The final response to one request: the image and its report, or a typed error."""
-        try:
-            return image_response(self.engine.run(read_request(request)))
-        except EngineError as error:
-            return error_response(error)
-        except Exception as error:
-            return error_response(EngineError(f"{type(error).__name__}: {error}"))
+    def finalize(self) -> None:
+        """Answers what is under way before Triton unloads the student."""
+        self.scheduler.close()
+        self.thread.join()
+        self.metrics.close()
 
 
-def read_request(request: Any) -> Request:
-    """Triton tensors (all of shape [1]) -> Request."""
+class TritonSink:
+    """Answers go to one Triton request's stream; see scheduler.Sink."""
+
+    def __init__(self, sender: Any) -> None:
+        self.sender = sender
+
+    def cancelled(self) -> bool:
+        return bool(self.sender.is_cancelled())
+
+    def preview(self, step: int, image: Pixels) -> None:
+        self.sender.send(image_response(image, {"preview": step}))
+
+    def done(self, result: Result) -> None:
+        """The report: spans (stage, begin, nanoseconds, batch), tokens and fingerprint."""
+        spans = [(span.stage, span.begin, span.nanoseconds, span.batch) for span in result.spans]
+        report = {"spans": spans, "tokens": result.tokens, "fingerprint": result.fingerprint}
+        self.sender.send(image_response(result.image, report), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def failed(self, error: EngineError) -> None:
+        """The error as JSON in Triton's message: the gateway reads that, not Triton's code."""
+        code = pb.TritonError.CANCELLED if isinstance(error, Cancelled) else pb.TritonError.INTERNAL
+        response = pb.InferenceResponse(error=pb.TritonError(to_wire(error), code))
+        self.sender.send(response, flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def read_request(request: Any) -> tuple[Request, float | None]:
+    """Triton tensors (all of shape [1]) -> Request, and how many seconds it has. Bit i of previews: after NFE i + 1."""
     values = {tensor.name(): tensor.as_numpy()[0] for tensor in request.inputs()}
-    return Request(
+    asked = Request(
         prompt=values["prompt"].decode(),
         seed=int(values["seed"]),
         image_index=int(values["image_index"]),
         nfe=int(values["nfe"]),
         size=values["size"].decode(),
+        previews=tuple(bit + 1 for bit in range(32) if int(values["previews"]) >> bit & 1),
     )
+    timeout = int(values["timeout_ms"])
+    return asked, timeout / 1000 if timeout else None
 
 
-def image_response(result: Result) -> Any:
-    """image uint8 [H, W, 3] and report, JSON: nanoseconds by stage, tokens, fingerprint."""
-    report = {"nanoseconds": result.nanoseconds, "tokens": result.tokens, "fingerprint": result.fingerprint}
+def image_response(image: Pixels, report: dict[str, Any]) -> Any:
+    """image uint8 [H, W, 3] and a report in JSON."""
     text = np.array([json.dumps(report).encode()], np.object_)
-    return pb.InferenceResponse(output_tensors=[pb.Tensor("image", result.image), pb.Tensor("report", text)])
-
-
-def error_response(error: EngineError) -> Any:
-    """The error as JSON in Triton's message: the gateway reads that, not Triton's code."""
-    return pb.InferenceResponse(error=pb.TritonError(to_wire(error)))
+    return pb.InferenceResponse(output_tensors=[pb.Tensor("image", image), pb.Tensor("report", text)])
 
 
 def check_config(config: dict[str, Any], digest: str) -> None:

@@ -5,19 +5,21 @@ BackendError
 ├── BackendUnavailable  it died or is starting again: 503, worth retrying
 ├── BackendTimeout      no answer in time: 504
 └── BackendFault        it answered with an error that is nobody's request: 500
-InvalidRequest and NumericalError come from the engine as they are.
+InvalidRequest, NumericalError, DeadlineExceeded and ShuttingDown come from the engine as they are.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from server.engine.errors import EngineError, InvalidRequest, NumericalError, from_wire
+from server.engine.errors import DeadlineExceeded, EngineError, InvalidRequest, NumericalError, ShuttingDown, from_wire
 
-__all__ = ["EngineError", "InvalidRequest", "NumericalError", "from_wire"]  # the engine's errors pass through this seam
+# The engine's errors pass through this seam.
+__all__ = ["DeadlineExceeded", "EngineError", "InvalidRequest", "NumericalError", "ShuttingDown", "from_wire"]
 
 WARM_UP_PROMPT = "a"
 
@@ -46,7 +48,8 @@ class BackendFault(BackendError):
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image of one request to one student. seed: 0..2^64-1; size: "WxH"."""
+    """One image of one request to one student. seed: 0..2^64-1; size: "WxH"; previews: after which NFEs (1 .. nfe - 1) the
+    x0 prediction is shown; timeout_ms: how long it may take, None for as long as the backend allows."""
 
     student: str
     prompt: str
@@ -54,17 +57,37 @@ class ImageRequest:
     image_index: int
     nfe: int
     size: str
+    previews: tuple[int, ...] = ()
+    timeout_ms: int | None = None
+
+
+@dataclass(frozen=True)
+class Span:
+    """One stage as the engine ran it: begin on the engine's clock, nanoseconds, rows that shared the call."""
+
+    stage: str
+    begin: int
+    nanoseconds: int
+    batch: int
 
 
 @dataclass(frozen=True)
 class BackendImage:
-    """image uint8 [H, W, 3]; nanoseconds by engine stage; round_trip is the whole call as the gateway saw it."""
+    """image uint8 [H, W, 3]; spans in the order they ran; round_trip is the whole call as the gateway saw it."""
 
     image: npt.NDArray[np.uint8]
-    nanoseconds: dict[str, int]
+    spans: tuple[Span, ...]
     tokens: int
     fingerprint: str
     round_trip: int
+
+    @property
+    def nanoseconds(self) -> dict[str, int]:
+        """By stage: text_encoder, noise, nfe1 .., vae_decoder; previews are work beside the image."""
+        return {span.stage: span.nanoseconds for span in self.spans if span.stage != "preview"}
+
+
+OnPreview = Callable[[int, npt.NDArray[np.uint8]], None]
 
 
 @dataclass(frozen=True)
@@ -108,8 +131,11 @@ class Backend(Protocol):
         """Returns once every student has made a warm-up image. Raises BackendFailed."""
         ...
 
-    async def generate(self, request: ImageRequest) -> BackendImage:
-        """One image. Raises InvalidRequest, NumericalError, or a BackendError."""
+    async def generate(self, request: ImageRequest, on_preview: OnPreview | None = None) -> BackendImage:
+        """One image; on_preview hears (NFE, uint8 [H, W, 3]) of each preview that was asked for, in order, before it.
+
+        Cancelling the task stops the work within one NFE. Raises an EngineError or a BackendError.
+        """
         ...
 
     async def ready(self) -> bool:

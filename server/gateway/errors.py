@@ -9,7 +9,16 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from server.gateway.backend import BackendError, BackendTimeout, BackendUnavailable, InvalidRequest, NumericalError
+from server.gateway.backend import (
+    BackendError,
+    BackendTimeout,
+    BackendUnavailable,
+    DeadlineExceeded,
+    EngineError,
+    InvalidRequest,
+    NumericalError,
+    ShuttingDown,
+)
 
 logger = logging.getLogger("fewstep")
 
@@ -69,7 +78,9 @@ def from_backend(error: Exception) -> ApiError:
         return ApiError(500, "the student's output was not finite, so no image was made", code="numerical_error")
     if isinstance(error, BackendUnavailable):
         return ApiError(503, str(error), code="backend_unavailable", headers={"Retry-After": str(error.retry_after)})
-    if isinstance(error, BackendTimeout):
+    if isinstance(error, ShuttingDown):
+        return ApiError(503, str(error), code="shutting_down", headers={"Retry-After": "2"})
+    if isinstance(error, BackendTimeout | DeadlineExceeded):
         return ApiError(504, str(error), code="deadline_exceeded")
     return internal_error()
 
@@ -83,7 +94,7 @@ def install_error_handlers(app: FastAPI) -> None:
     """Makes every error of `app` an envelope. What no handler knows is answered in boundary.py."""
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_exception)
-    for kind in (BackendError, InvalidRequest, NumericalError):
+    for kind in (BackendError, EngineError):
         app.add_exception_handler(kind, on_backend_error)
 
 

@@ -1,58 +1,97 @@
-"""Students run by the engine in this process, on one thread: the fallback where there is no Triton."""
+"""Students run by the engine in this process, without Triton: the same scheduler, so the same pixels."""
 
 import asyncio
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
 
-from server.engine.engine import Engine, Request
-from server.engine.errors import StudentError
+from server.engine.device import DeviceLock, Priority
+from server.engine.engine import Engine, Pixels, Request, Result
+from server.engine.errors import EngineError, StudentError
+from server.engine.metrics import MemoryMetrics
+from server.engine.scheduler import Scheduler
+from server.engine.session import DEVICE
 from server.engine.student import student_folders
 from server.engine.triton_config import student_parameters
-from server.gateway.backend import BackendFailed, BackendImage, ImageRequest, StudentCard
-
-Returned = TypeVar("Returned")
+from server.gateway.backend import BackendFailed, BackendFault, BackendImage, ImageRequest, OnPreview, Span, StudentCard
 
 
 class InProcessBackend:
-    """The same engine as in Triton, so the same pixels, without process isolation."""
+    """One scheduler and one thread per student, without process isolation."""
 
     def __init__(self, repository: Path) -> None:
         self.repository = repository
         self.students: dict[str, StudentCard] = {}
-        self.engines: dict[str, Engine] = {}
-        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self.schedulers: dict[str, Scheduler] = {}
+        self.metrics: dict[str, MemoryMetrics] = {}
+        self.threads: list[threading.Thread] = []
 
     async def start(self) -> None:
         """Opens every student and lets it make an image. Raises BackendFailed."""
         try:
             for name, folder in student_folders(self.repository).items():
-                self.engines[name] = await self.in_thread(Engine.open, folder)
+                engine = await asyncio.to_thread(Engine.open, folder)
+                self.metrics[name] = MemoryMetrics()
+                self.schedulers[name] = Scheduler(engine, DeviceLock(DEVICE, Priority.HIGH), self.metrics[name])
+                self.threads.append(self.schedulers[name].start())
         except StudentError as error:
             raise BackendFailed(str(error)) from None
-        cards = [StudentCard.parse(student_parameters(engine.manifest)) for engine in self.engines.values()]
+        cards = [StudentCard.parse(student_parameters(one.engine.manifest)) for one in self.schedulers.values()]
         made = {card.name: await self.generate(card.warm_up()) for card in cards}
         self.students = {card.name: dataclasses.replace(card, fingerprint=made[card.name].fingerprint) for card in cards}
 
-    async def generate(self, request: ImageRequest) -> BackendImage:
-        """One image, when the thread is free."""
+    async def generate(self, request: ImageRequest, on_preview: OnPreview | None = None) -> BackendImage:
+        """One image; cancelling the task stops the work within one NFE."""
         begin = time.perf_counter_ns()
-        engine = self.engines[request.student]
-        asked = Request(request.prompt, request.seed, request.image_index, request.nfe, request.size)
-        result = await self.in_thread(engine.run, asked)
-        elapsed = time.perf_counter_ns() - begin
-        return BackendImage(result.image, result.nanoseconds, result.tokens, result.fingerprint, elapsed)
+        answer = FutureSink(asyncio.get_running_loop(), on_preview)
+        asked = Request(request.prompt, request.seed, request.image_index, request.nfe, request.size, request.previews)
+        seconds = request.timeout_ms / 1000 if request.timeout_ms else None
+        try:
+            await asyncio.to_thread(self.schedulers[request.student].submit, asked, answer, seconds)
+            result = await answer.future
+        except EngineError as error:
+            raise (BackendFault(str(error)) if type(error) is EngineError else error) from None
+        finally:
+            answer.dropped = True
+        spans = tuple(Span(span.stage, span.begin, span.nanoseconds, span.batch) for span in result.spans)
+        return BackendImage(result.image, spans, result.tokens, result.fingerprint, time.perf_counter_ns() - begin)
 
     async def ready(self) -> bool:
-        return bool(self.students)
+        return bool(self.students) and all(thread.is_alive() for thread in self.threads)
 
     async def stop(self) -> None:
+        """Answers what is under way first."""
         self.students = {}
-        self.thread.shutdown(wait=False, cancel_futures=True)
+        for scheduler in self.schedulers.values():
+            scheduler.close()
+        for thread in self.threads:
+            await asyncio.to_thread(thread.join)
 
-    async def in_thread(self, function: Callable[..., Returned], *arguments: Any) -> Returned:
-        """Runs `function` on the engine's thread, off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self.thread, function, *arguments)
+
+class FutureSink:
+    """Answers become a future of the event loop; see scheduler.Sink."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_preview: OnPreview | None) -> None:
+        self.loop, self.on_preview = loop, on_preview
+        self.future: asyncio.Future[Result] = loop.create_future()
+        self.dropped = False
+
+    def cancelled(self) -> bool:
+        return self.dropped
+
+    def preview(self, step: int, image: Pixels) -> None:
+        if self.on_preview:
+            self.loop.call_soon_threadsafe(self.on_preview, step, image)
+
+    def done(self, result: Result) -> None:
+        self.loop.call_soon_threadsafe(self.settle, lambda: self.future.set_result(result))
+
+    def failed(self, error: EngineError) -> None:
+        self.loop.call_soon_threadsafe(self.settle, lambda: self.future.set_exception(error))
+
+    def settle(self, how: Callable[[], None]) -> None:
+        """On the event loop; a future that was cancelled meanwhile stays cancelled."""
+        if not self.future.done():
+            how()

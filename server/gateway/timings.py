@@ -37,7 +37,7 @@ def measure(made: list[BackendImage], files: list[Encoded], total: int) -> Timin
     """Of several images, the stages of the one that was finished last, since it decided the total (nanoseconds)."""
     last = max(range(len(made)), key=lambda index: made[index].round_trip)
     spent = made[last].nanoseconds
-    text = spent["tokenise"] + spent["text_encoder"]
+    text = spent["text_encoder"]
     steps = [spent[name] for name in spent if name.startswith("nfe")]
     queue = total - text - sum(steps) - spent["vae_decoder"] - files[last].nanoseconds
     whole = [queue, text, spent["vae_decoder"], files[last].nanoseconds, total]

@@ -17,6 +17,7 @@ from server.gateway.backend import (
     BackendUnavailable,
     EngineError,
     ImageRequest,
+    OnPreview,
     StudentCard,
 )
 from server.gateway.triton_client import TritonClient
@@ -84,12 +85,12 @@ class TritonBackend:
                 raise BackendFailed(self.server.why() if self.server else "it was stopped")
             await asyncio.sleep(POLL_SECONDS)
 
-    async def generate(self, request: ImageRequest) -> BackendImage:
+    async def generate(self, request: ImageRequest, on_preview: OnPreview | None = None) -> BackendImage:
         """One image; a lost or silent Triton sets off a probe."""
         if self.client is None:
             raise BackendUnavailable(STARTING)
         try:
-            made = await self.client.generate(request, ANSWER_SECONDS)
+            made = await self.client.generate(request, ANSWER_SECONDS, on_preview)
         except (BackendUnavailable, BackendTimeout):
             self.trouble.set()
             raise

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import numpy.typing as npt
 from tritonclient.grpc import InferInput
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
@@ -17,9 +18,10 @@ from server.gateway.backend import (
     BackendImage,
     BackendTimeout,
     BackendUnavailable,
+    EngineError,
     ImageRequest,
-    InvalidRequest,
-    NumericalError,
+    OnPreview,
+    Span,
     StudentCard,
     from_wire,
 )
@@ -42,32 +44,36 @@ class TritonClient:
         parameters = config["config"]["parameters"]
         return StudentCard.parse({key: value["string_value"] for key, value in parameters.items()})
 
-    async def generate(self, request: ImageRequest, seconds: float) -> BackendImage:
-        """One image within `seconds`. Raises InvalidRequest, NumericalError or a BackendError."""
+    async def generate(self, request: ImageRequest, seconds: float, on_preview: OnPreview | None = None) -> BackendImage:
+        """One image within `seconds`. Raises an EngineError or a BackendError."""
         begin = time.perf_counter_ns()
         try:
             async with asyncio.timeout(seconds):
-                result = await self.last_response(request)
+                result = await self.last_response(request, on_preview)
         except TimeoutError:
             raise BackendTimeout(f"the image backend gave no answer in {seconds:g} s") from None
         except (InferenceServerException, grpc.RpcError, asyncio.CancelledError) as error:
             raise lost_or_cancelled(error) from None
         report = json.loads(result.as_numpy("report")[0])
-        image = result.as_numpy("image")
-        width, height = map(int, request.size.split("x"))
-        if image.dtype != np.uint8 or image.shape != (height, width, 3):
-            raise BackendFault(f"image is {image.dtype} {image.shape} for size {request.size}")
-        return BackendImage(image, **report, round_trip=time.perf_counter_ns() - begin)
+        spans = tuple(Span(*span) for span in report["spans"])
+        elapsed = time.perf_counter_ns() - begin
+        return BackendImage(picture(result, request), spans, report["tokens"], report["fingerprint"], elapsed)
 
-    async def last_response(self, request: ImageRequest) -> Any:
-        """Reads the stream to its end and returns the response that holds the image; closes the stream in any case."""
+    async def last_response(self, request: ImageRequest, on_preview: OnPreview | None) -> Any:
+        """Reads the stream to its end and returns the response that holds the image; closes the stream in any case, which
+        cancels the request inside Triton unless it is done."""
         stream = self.client.stream_infer(one_request(request))
         last = None
         try:
             async for result, error in stream:
                 if error is not None:
                     raise typed_error(error.message())
-                last = result if result.as_numpy("image") is not None else last
+                if result.as_numpy("image") is None:
+                    continue
+                if (step := json.loads(result.as_numpy("report")[0]).get("preview")) is None:
+                    last = result
+                elif on_preview:
+                    on_preview(step, picture(result, request))
         finally:
             stream.cancel()
         if last is None:
@@ -78,6 +84,15 @@ class TritonClient:
         await self.client.close()
 
 
+def picture(result: Any, request: ImageRequest) -> npt.NDArray[np.uint8]:
+    """uint8 [H, W, 3] of a response. Raises BackendFault when it is of another shape than asked."""
+    image: npt.NDArray[np.uint8] = result.as_numpy("image")
+    width, height = map(int, request.size.split("x"))
+    if image.dtype != np.uint8 or image.shape != (height, width, 3):
+        raise BackendFault(f"image is {image.dtype} {image.shape} for size {request.size}")
+    return image
+
+
 async def one_request(request: ImageRequest) -> AsyncIterator[dict[str, Any]]:
     """The stream's only request."""
     columns = {
@@ -86,8 +101,11 @@ async def one_request(request: ImageRequest) -> AsyncIterator[dict[str, Any]]:
         "image_index": np.array([request.image_index], np.uint32),
         "nfe": np.array([request.nfe], np.int32),
         "size": np.array([request.size.encode()], np.object_),
+        "previews": np.array([sum(1 << (step - 1) for step in request.previews)], np.uint32),
+        "timeout_ms": np.array([request.timeout_ms or 0], np.uint32),
     }
     datatypes = {"prompt": "BYTES", "size": "BYTES", "seed": "UINT64", "image_index": "UINT32", "nfe": "INT32"}
+    datatypes |= {"previews": "UINT32", "timeout_ms": "UINT32"}
     inputs = [InferInput(name, [1], datatypes[name]) for name in columns]
     for tensor in inputs:
         tensor.set_data_from_numpy(columns[tensor.name()])
@@ -99,7 +117,7 @@ def typed_error(message: str) -> Exception:
     error = from_wire(message)
     if error is None:
         return BackendUnavailable(LOST)
-    return error if isinstance(error, InvalidRequest | NumericalError) else BackendFault(str(error))
+    return BackendFault(str(error)) if type(error) is EngineError else error
 
 
 def lost_or_cancelled(error: BaseException) -> BaseException:

@@ -65,11 +65,11 @@ class TritonServer:
         self.folder = tempfile.TemporaryDirectory(prefix="fewstep-triton-")
         folder = Path(self.folder.name)
         self.log = folder / "log"
-        self.port = free_port()
+        self.port, self.metrics_port = free_port(), free_port()
         self.stubs: list[int] = []
         link_backend(installation, folder / "backends")
         command = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(installation.binary)]
-        command += arguments(repository, folder / "backends", self.port, students)
+        command += arguments(repository, folder / "backends", self.port, self.metrics_port, students)
         with self.log.open("wb") as log:
             # A session of its own: Ctrl-C reaches the gateway alone, and the whole group can be ended at once.
             self.process = subprocess.Popen(
@@ -115,15 +115,17 @@ class TritonServer:
         self.process.wait()
 
 
-def arguments(repository: Path, backends: Path, port: int, students: list[str]) -> list[str]:
-    """tritonserver's command line: the named students and nothing else, loopback, gRPC alone."""
+def arguments(repository: Path, backends: Path, port: int, metrics_port: int, students: list[str]) -> list[str]:
+    """tritonserver's command line: the named students and nothing else, loopback, gRPC and metrics alone."""
     return [
         f"--model-repository={repository.resolve()}",
         "--model-control-mode=explicit",
         *(f"--load-model={name}" for name in students),
         f"--backend-directory={backends}",
         "--allow-http=false",
-        "--allow-metrics=false",
+        "--metrics-address=127.0.0.1",
+        f"--metrics-port={metrics_port}",
+        "--allow-gpu-metrics=false",
         "--grpc-address=127.0.0.1",
         f"--grpc-port={port}",
         f"--grpc-restricted-protocol={CLOSED_PROTOCOLS}:fewstep={secrets.token_hex(16)}",

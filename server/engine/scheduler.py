@@ -1,0 +1,268 @@
+"""The NFE scheduler: step-level continuous batching of everything one student is asked for.
+
+Every tick does one piece of work on the device: one NFE of a batch, or one decode. Members of a batch may be at different
+steps and have different NFE counts; who arrives joins at the next NFE, who is done leaves at once. Between two pieces of
+work the cancelled and the late are dropped, and images of other students may have the device (device.py).
+
+Who goes first: the earliest deadline, then the earliest arrival. One seat of each NFE is kept for the request that has the
+fewest NFEs left, so that a 1-NFE request never waits behind a full batch of longer ones for more than one NFE; the other
+seats go by deadline and arrival alone, so that nobody starves. NFEs and decodes take turns while both have work.
+"""
+
+import itertools
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from server.engine.device import DeviceLock
+from server.engine.engine import Engine, Floats, Pixels, Progress, Request, Result, Span
+from server.engine.errors import Cancelled, DeadlineExceeded, EngineError, ShuttingDown
+from server.engine.metrics import MemoryMetrics, Metrics
+
+logger = logging.getLogger("fewstep")
+
+
+class Sink(Protocol):
+    """Where a request's answers go. `done` or `failed` is called exactly once, always from the scheduler's thread."""
+
+    def cancelled(self) -> bool:
+        """Asked between two pieces of work; True drops the request."""
+        ...
+
+    def preview(self, step: int, image: Pixels) -> None:
+        """The x0 prediction after NFE `step`, uint8 [H, W, 3]."""
+        ...
+
+    def done(self, result: Result) -> None: ...
+
+    def failed(self, error: EngineError) -> None: ...
+
+
+@dataclass(eq=False)
+class Member:
+    """One image under way. deadline in seconds of the scheduler's clock; shown: x0 predictions that wait for the decoder."""
+
+    progress: Progress
+    sink: Sink
+    deadline: float
+    arrival: int
+    submitted: float
+    shown: list[tuple[int, Floats]] = field(default_factory=list)
+
+    @property
+    def urgency(self) -> tuple[float, int]:
+        return self.deadline, self.arrival
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.progress.latents.shape
+
+
+class Scheduler:
+    """Runs one student on one device. `submit` from any thread; `run` (or `tick`) from one."""
+
+    def __init__(
+        self, engine: Engine, lock: DeviceLock, metrics: Metrics | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.engine, self.lock, self.clock = engine, lock, clock
+        self.metrics = metrics or MemoryMetrics()
+        self.members: list[Member] = []
+        self.arrivals: list[Member] = []
+        self.numbers = itertools.count()
+        self.news = threading.Condition()
+        self.closing = False
+        self.just_decoded = False
+        self.kept_seat = False
+
+    # --- from any thread ---------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, sink: Sink, seconds: float | None = None) -> None:
+        """Prepares a request here, on the caller's thread, and hands it over; answers come through `sink`.
+
+        seconds: how long the image may take from now. Raises InvalidRequest or ShuttingDown, and then `sink` hears nothing.
+        """
+        now = self.clock()
+        deadline = math.inf if seconds is None else now + seconds
+        member = Member(self.engine.prepare(request), sink, deadline, next(self.numbers), now)
+        with self.news:
+            if self.closing:
+                raise ShuttingDown("the engine is shutting down and takes no more requests")
+            self.arrivals.append(member)
+            self.metrics.add("fewstep_steps_requested_total", request.nfe)
+            self.news.notify()
+
+    def start(self) -> threading.Thread:
+        """Runs the loop on a thread of its own."""
+        thread = threading.Thread(target=self.run, name=f"nfe-{self.engine.manifest.name}", daemon=True)
+        thread.start()
+        return thread
+
+    def close(self) -> None:
+        """Takes no more requests; the loop ends when those it has are answered."""
+        with self.news:
+            self.closing = True
+            self.news.notify()
+
+    # --- the loop ----------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Ticks until closed and empty. Survives whatever a tick raises: its members are failed, the rest go on."""
+        while self.wait_for_work():
+            try:
+                self.tick()
+            except Exception as error:
+                logger.exception("a tick of the NFE scheduler failed")
+                for member in list(self.members):
+                    self.fail(member, EngineError(f"{type(error).__name__}: {error}"))
+
+    def wait_for_work(self) -> bool:
+        """False when closed and everything is answered."""
+        with self.news:
+            while not (self.arrivals or self.members or self.closing):
+                self.news.wait()
+            return bool(self.arrivals or self.members)
+
+    def tick(self) -> None:
+        """Admits, drops, and does one piece of work."""
+        with self.news:
+            arrived, self.arrivals = self.arrivals, []
+        self.members += arrived
+        self.drop_unwanted()
+        to_step = [member for member in self.members if member.progress.remaining]
+        to_decode = [member for member in self.members if member.shown or not member.progress.remaining]
+        if to_decode and not (to_step and self.just_decoded):
+            self.decode(self.seats(to_decode, self.engine.max_decode_batch, keep=False))
+        elif to_step:
+            self.step(self.seats(to_step, self.engine.max_batch, keep=True))
+        self.metrics.set("fewstep_in_flight", len(self.members))
+        self.metrics.set("fewstep_queue_depth", sum(not member.progress.step for member in self.members))
+
+    def drop_unwanted(self) -> None:
+        """Between two pieces of work the cancelled and the late leave."""
+        now = self.clock()
+        for member in list(self.members):
+            if wants_no_more(member):
+                self.fail(member, Cancelled("the request was cancelled"))
+            elif now >= member.deadline:
+                done = f"{member.progress.step} of {member.progress.request.nfe} NFEs"
+                self.fail(member, DeadlineExceeded(f"the deadline passed after {done}"))
+
+    def seats(self, candidates: list[Member], seats: int, keep: bool) -> list[Member]:
+        """The batch: of the most urgent one's size, by urgency, with one seat kept for the fewest NFEs left."""
+        candidates = sorted(candidates, key=lambda member: member.urgency)
+        candidates = [member for member in candidates if member.shape == candidates[0].shape]
+        batch = candidates[:seats]
+        if keep and len(candidates) > seats:
+            shortest = min(candidates, key=lambda member: (member.progress.remaining, member.urgency))
+            self.kept_seat = shortest not in batch and (seats > 1 or not self.kept_seat)
+            if self.kept_seat:
+                batch[-1] = shortest
+        return batch
+
+    # --- one piece of work -------------------------------------------------------------------------------------------------
+
+    def step(self, batch: list[Member]) -> None:
+        """One NFE; a batch that raises is run again one by one, so that only who is at fault fails."""
+        self.just_decoded = False
+        progresses = [member.progress for member in batch]
+        try:
+            with self.lock.held():
+                errors: list[EngineError | None] = [*self.engine.step(progresses)]
+        except Exception as error:
+            if len(batch) > 1:
+                return self.one_by_one(self.step, batch, error)
+            errors = [typed(error, "student_step")]
+        self.metrics.observe("fewstep_batch_size", len(batch), stage="student_step")
+        for member, failure in zip(batch, errors, strict=True):
+            if failure:
+                self.fail(member, failure)
+            else:
+                self.stepped(member)
+
+    def stepped(self, member: Member) -> None:
+        """Counts an NFE, and keeps its x0 for the decoder if that was asked for."""
+        progress, span = member.progress, member.progress.spans[-1]
+        nfe, step = str(progress.request.nfe), str(progress.step)
+        self.metrics.add("fewstep_steps_executed_total")
+        self.metrics.observe("fewstep_step_duration_seconds", span.nanoseconds / 1e9, nfe=nfe, step=step)
+        if progress.step == 1:
+            waited = self.clock() - member.submitted - span.nanoseconds / 1e9
+            self.metrics.observe("fewstep_queue_wait_seconds", max(waited, 0.0))
+        if progress.step in progress.request.previews:
+            member.shown.append((progress.step, progress.x0))
+
+    def decode(self, batch: list[Member]) -> None:
+        """Decodes each member's oldest preview that waits, or its image."""
+        self.just_decoded = True
+        progresses = [member.progress for member in batch]
+        latents = [member.shown[0][1] if member.shown else member.progress.latents for member in batch]
+        try:
+            with self.lock.held():
+                begin = time.perf_counter_ns()
+                images = self.engine.decode(progresses[0].request.size, latents)
+                nanoseconds = time.perf_counter_ns() - begin
+        except Exception as error:
+            if len(batch) > 1:
+                return self.one_by_one(self.decode, batch, error)
+            return self.fail(batch[0], typed(error, "vae_decoder"))
+        self.metrics.observe("fewstep_batch_size", len(batch), stage="vae_decoder")
+        for member, image in zip(batch, images, strict=True):
+            self.decoded(member, image, Span("preview" if member.shown else "vae_decoder", begin, nanoseconds, len(batch)))
+
+    def decoded(self, member: Member, image: Pixels, span: Span) -> None:
+        """Sends a preview, or the image and with it the last word."""
+        member.progress.spans.append(span)
+        self.metrics.observe("fewstep_stage_duration_seconds", span.nanoseconds / 1e9, stage=span.stage)
+        if member.shown:
+            step, _ = member.shown.pop(0)
+            self.metrics.add("fewstep_previews_total")
+            tell(member.sink.preview, step, image)
+        else:
+            self.leave(member, "completed")
+            tell(member.sink.done, self.engine.result(member.progress, image))
+
+    def one_by_one(self, work: Callable[[list[Member]], None], batch: list[Member], error: Exception) -> None:
+        """Runs a batch's members alone, after the batch raised `error`."""
+        logger.warning("a batch of %d raised %s; its members are run one by one", len(batch), type(error).__name__)
+        for member in batch:
+            work([member])
+
+    # --- the last word -----------------------------------------------------------------------------------------------------
+
+    def fail(self, member: Member, error: EngineError) -> None:
+        """Ends a request without an image."""
+        if isinstance(error, Cancelled):
+            step = member.progress.step
+            self.metrics.add("fewstep_cancelled_total", at=f"nfe{step}" if step else "queue")
+        self.leave(member, error.code)
+        tell(member.sink.failed, error)
+
+    def leave(self, member: Member, status: str) -> None:
+        self.members.remove(member)
+        self.metrics.add("fewstep_finished_total", nfe=str(member.progress.request.nfe), status=status)
+
+
+def typed(error: Exception, stage: str) -> EngineError:
+    """What a stage raised, as an error that may cross the wire."""
+    return error if isinstance(error, EngineError) else EngineError(f"{stage}: {type(error).__name__}: {error}")
+
+
+def tell(listener: Callable[..., None], *said: object) -> None:
+    """A listener that raises loses its answer, and nothing else happens."""
+    try:
+        listener(*said)
+    except Exception:
+        logger.exception("an answer could not be delivered")
+
+
+def wants_no_more(member: Member) -> bool:
+    """Whether a request is cancelled; who cannot be asked is."""
+    try:
+        return member.sink.cancelled()
+    except Exception:
+        logger.exception("a request could not be asked whether it is cancelled")
+        return True
