@@ -167,7 +167,7 @@ class Engine:
         expected = inputs["latents"].shape
         if [output.shape for output in outputs] != [expected, expected]:
             return [NumericalError(f"a step gave shapes {[o.shape for o in outputs]}, expected {expected}") for _ in batch]
-        finite = np.logical_and(*(np.isfinite(output).reshape(len(output), -1).all(1) for output in outputs))
+        finite = np.logical_and(*(np.isfinite(output[: len(batch)]).reshape(len(batch), -1).all(1) for output in outputs))
         for row, member in enumerate(batch):
             if finite[row]:
                 member.latents, member.x0 = (output[row : row + 1] for output in outputs)

@@ -1,0 +1,154 @@
+"""Does a request's company change its bits? Random batches of every size and slot, with the worst of mates.
+
+A trial puts one request into a scheduler with mates that are ordinary, huge, denormal or NaN, that are cancelled on the
+way or join later, and compares the latents and pixels it ends with to those it has alone. The negative control is the same
+harness over a session that varies with the batch: it must be caught, or the harness proves nothing.
+"""
+
+import json
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from server.engine.engine import Engine, Pixels, Progress, Request, Result
+from server.engine.errors import EngineError
+from server.engine.scheduler import Scheduler
+from server.engine.session import Session, Tensors
+from server.generate import open_engine
+
+PROMPTS = ("a red circle", "a large yellow star on a purple background", "a small green ring to the left of an orange cross")
+VICTIMS = 12
+MATES = ("ordinary", "huge", "denormal", "nan", "cancelled", "late")
+
+
+class Free:
+    """A device lock that nobody else wants."""
+
+    def held(self) -> Any:
+        return nullcontext()
+
+
+class Ear:
+    """A sink that keeps the answer."""
+
+    def __init__(self) -> None:
+        self.wanted, self.image = True, None
+        self.over = False
+
+    def cancelled(self) -> bool:
+        return not self.wanted
+
+    def preview(self, step: int, image: Pixels) -> None:
+        raise AssertionError("no preview was asked for")
+
+    def done(self, result: Result) -> None:
+        self.over, self.image = True, result.image
+
+    def failed(self, error: EngineError) -> None:
+        self.over = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a request ended with: float32 latents [1, C, h, w] and uint8 pixels [H, W, 3], as bytes."""
+
+    latents: bytes
+    pixels: bytes
+
+
+class BlasStep:
+    """The negative control: a step followed by numpy's matrix product, whose BLAS treats one row unlike several."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.weight: np.ndarray | None = None
+
+    def run(self, tensors: Tensors) -> list[np.ndarray]:
+        latents, x0 = self.session.run(tensors)
+        rows = latents.reshape(len(latents), -1)
+        if self.weight is None:
+            self.weight = np.random.default_rng(0).standard_normal((rows.shape[1], rows.shape[1]), np.float32) / 100
+        return [latents + (rows @ self.weight).reshape(latents.shape), x0]
+
+
+class Trials:
+    """Trial i has batch size 1 + i mod max_batch; slots, mates and moments are drawn from `seed`."""
+
+    def __init__(self, engine: Engine, seed: int = 0) -> None:
+        self.engine, self.rng = engine, np.random.default_rng(seed)
+        self.size = next(iter(engine.manifest.sizes))
+        self.alone: dict[int, Outcome] = {}
+        self.mates: Counter[str] = Counter()
+
+    def victim(self, number: int) -> Request:
+        nfe = self.engine.manifest.nfe
+        return Request(PROMPTS[number % len(PROMPTS)], number, 0, nfe[number % len(nfe)], self.size)
+
+    def differs(self, index: int) -> bool:
+        """One trial: whether company changed anything."""
+        number = int(self.rng.integers(VICTIMS))
+        if number not in self.alone:
+            self.alone[number] = self.outcome(self.victim(number), [], 0)
+        count = index % self.engine.max_batch
+        mates = [MATES[kind] for kind in self.rng.integers(len(MATES), size=count)]
+        self.mates.update(mates)
+        return self.outcome(self.victim(number), mates, int(self.rng.integers(count + 1))) != self.alone[number]
+
+    def outcome(self, victim: Request, mates: list[str], slot: int) -> Outcome:
+        """Runs the victim in `slot` among mates until it is answered."""
+        scheduler, ear = Scheduler(self.engine, Free()), Ear()  # type: ignore[arg-type]
+        later = [kind for kind in mates if kind == "late"]
+        now = [kind for kind in mates if kind != "late"]
+        slot = min(slot, len(now))
+        company = [self.join(scheduler, kind) for kind in now[:slot]]
+        scheduler.submit(victim, ear)
+        progress = scheduler.arrivals[-1].progress
+        company += [self.join(scheduler, kind) for kind in now[slot:]]
+        while not ear.over:
+            scheduler.tick()
+            for kind, mate in company:
+                mate.wanted = mate.wanted and (kind != "cancelled" or self.rng.random() < 0.5)
+            if later and self.rng.random() < 0.5:
+                company.append(self.join(scheduler, later.pop()))
+        assert ear.image is not None
+        return Outcome(progress.latents.tobytes(), ear.image.tobytes())
+
+    def join(self, scheduler: Scheduler, kind: str) -> tuple[str, Ear]:
+        """Submits a mate of a kind."""
+        nfe, ear = self.engine.manifest.nfe, Ear()
+        prompt = PROMPTS[self.rng.integers(len(PROMPTS))]
+        scheduler.submit(Request(prompt, int(self.rng.integers(2**63)), 0, int(self.rng.choice(nfe)), self.size), ear)
+        spoil(scheduler.arrivals[-1].progress, kind)
+        return kind, ear
+
+
+def spoil(progress: Progress, kind: str) -> None:
+    """Gives a mate the latents that its kind is named after."""
+    values = {"huge": 3e37, "denormal": 1e-42, "nan": np.nan}
+    if kind in values:
+        progress.latents = np.full_like(progress.latents, values[kind])
+
+
+def run(repository: Path, student: str | None, trials: int, seed: int) -> int:
+    """Runs the trials and the negative control, prints what happened and one line of JSON; returns the failures."""
+    engine = open_engine(repository, student)
+    harness = Trials(engine, seed)
+    failures = sum(harness.differs(index) for index in tqdm(range(trials), desc="trials", dynamic_ncols=True))
+    control = Trials(control_of(engine), seed)
+    caught = sum(control.differs(index) for index in tqdm(range(min(trials, 50)), desc="negative control", dynamic_ncols=True))
+    print(f"{trials} random batches of 1 to {engine.max_batch}: {failures} changed a request's bits")
+    print(f"negative control (a step that varies with the batch): caught in {caught} of {min(trials, 50)}")
+    document = {"benchmark": "determinism", "student": engine.manifest.name, "fingerprint": engine.fingerprint}
+    document |= {"trials": trials, "failures": failures, "control_caught": caught, "mates": dict(harness.mates), "seed": seed}
+    print(json.dumps(document))
+    return failures if caught else -1
+
+
+def control_of(engine: Engine) -> Engine:
+    """The same student with a step that varies with the batch."""
+    return replace(engine, sessions={**engine.sessions, "student_step": BlasStep(engine.sessions["student_step"])})

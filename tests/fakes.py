@@ -1,0 +1,134 @@
+"""An engine whose networks are a few lines of numpy and whose clock moves only when they run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from server.engine.engine import Engine, Pixels, Request, Result
+from server.engine.errors import EngineError
+from server.engine.session import Tensors
+from server.engine.student import open_student
+from server.engine.text import TextEncoder, open_tokenizer
+
+NFE_SECONDS, DECODE_SECONDS = 1.0, 2.0
+NAN_SEED, RAISING_SEED = 666, 667  # requests with these seeds spoil their row, or the whole call
+
+
+class FakeClock:
+    """Seconds that pass only when somebody says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FreeDevice:
+    """A device lock that nobody else wants."""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        yield
+
+
+@dataclass
+class FakeStep:
+    """Row by row: x0 = (latents + timestep) mod 1, next = latents + nfe. Latents carry the seed in their first value."""
+
+    clock: FakeClock
+    calls: list[list[int]] = field(default_factory=list)  # the rows' seeds, call by call
+    began: list[float] = field(default_factory=list)
+
+    def run(self, tensors: Tensors) -> list[Any]:
+        seeds = [int(row.flat[0]) for row in tensors["latents"]]
+        self.began.append(self.clock.now)
+        self.clock.now += NFE_SECONDS
+        if RAISING_SEED in seeds:
+            raise RuntimeError("the runtime refuses this row")
+        self.calls.append(seeds)
+        latents = tensors["latents"].copy()
+        latents[:, 1:] += tensors["nfe"][:, None, None, None]
+        x0 = latents + tensors["timestep"][:, None, None, None]
+        latents[[seed == NAN_SEED for seed in seeds]] = np.nan
+        return [latents, x0]
+
+
+@dataclass
+class FakeDecoder:
+    """Sums the channels into a flat picture."""
+
+    clock: FakeClock
+    scale: int
+    calls: int = 0
+
+    def run(self, tensors: Tensors) -> list[Any]:
+        self.calls += 1
+        self.clock.now += DECODE_SECONDS
+        latents = tensors["latents"]
+        colour = latents[:, 1:].sum((1, 2, 3)).astype(np.int64) % 251
+        height, width = latents.shape[2] * self.scale, latents.shape[3] * self.scale
+        return [np.broadcast_to(colour[:, None, None, None], (len(latents), height, width, 3)).astype(np.uint8)]
+
+
+class FakeText:
+    """Embeds every prompt as zeros, and counts."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def run(self, tensors: Tensors) -> list[Any]:
+        self.calls += 1
+        return [np.zeros((*tensors["tokens"].shape, 4), np.float32)]
+
+
+@dataclass(frozen=True)
+class FakeEngine(Engine):
+    """The real engine over fake sessions; noise starts with the seed, so that a row says whose it is."""
+
+    def prepare(self, request: Request) -> Any:
+        progress = super().prepare(request)
+        progress.latents = np.zeros_like(progress.latents)
+        progress.latents.flat[0] = request.seed
+        return progress
+
+
+def fake_engine(tiny: Path, clock: FakeClock, max_batch: int = 4, fixed_batch: int | None = None) -> FakeEngine:
+    """An engine with the tiny student's manifest."""
+    student = open_student(tiny)
+    manifest = student.manifest.model_copy(update={"max_batch": max_batch})
+    sessions = {"student_step": FakeStep(clock), "vae_decoder": FakeDecoder(clock, 8), "text_encoder": FakeText()}
+    text = TextEncoder(open_tokenizer(student.files["tokenizer.json"]), sessions["text_encoder"], manifest.text_length)
+    tables = {nfe: np.array(manifest.tables[str(nfe)], np.float32) for nfe in manifest.nfe}
+    return FakeEngine(manifest, text, sessions, "fp_fake", tables, fixed_batch)
+
+
+class Recorder:
+    """A sink that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.wanted = True
+        self.previews: list[tuple[int, Pixels]] = []
+        self.answers: list[Result | EngineError] = []
+
+    def cancelled(self) -> bool:
+        return not self.wanted
+
+    def preview(self, step: int, image: Pixels) -> None:
+        assert not self.answers, "a preview after the last word"
+        self.previews.append((step, image))
+
+    def done(self, result: Result) -> None:
+        self.answers.append(result)
+
+    def failed(self, error: EngineError) -> None:
+        self.answers.append(error)
+
+    @property
+    def answer(self) -> Result | EngineError:
+        (only,) = self.answers
+        return only

@@ -1,0 +1,106 @@
+"""The device lock: one at a time across processes, images before videos, free when its holder dies."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from server.engine.device import DeviceLock, Priority
+from server.engine.errors import StudentError
+from tests.conftest import ROOT
+
+# Holds the device again and again for 30 ms and writes a line at each beginning and end.
+LOOP = """
+import sys, time
+from pathlib import Path
+from server.engine.device import DeviceLock, Priority
+lock = DeviceLock("cpu", Priority(sys.argv[1]), Path(sys.argv[2]))
+while True:
+    with lock.held():
+        print("begin", time.monotonic_ns(), flush=True)
+        time.sleep(float(sys.argv[3]))
+        print("end", time.monotonic_ns(), flush=True)
+"""
+
+
+def looping(folder: Path, priority: str, seconds: float = 0.03) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", LOOP, priority, str(folder), str(seconds)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("begin")
+    return process
+
+
+def times(process: subprocess.Popen[str]) -> list[tuple[int, int]]:
+    """(begin, end) of every complete hold but the first, whose beginning `looping` has read."""
+    lines = process.communicate()[0].splitlines()[1:]
+    stamps = [int(line.split()[1]) for line in lines if line.count(" ")]
+    return list(zip(stamps[::2], stamps[1::2], strict=False))
+
+
+def test_an_image_waits_for_at_most_one_nfe_of_a_video(tmp_path: Path) -> None:
+    video = looping(tmp_path, "low")
+    lock, waited = DeviceLock("cpu", Priority.HIGH, tmp_path), []
+    for _ in range(20):
+        asked = time.monotonic_ns()
+        with lock.held():
+            waited.append((asked, time.monotonic_ns()))
+        time.sleep(0.01)
+    video.kill()
+    begun = [int(line.split()[1]) for line in video.communicate()[0].splitlines() if line.startswith("begin")]
+    for asked, got in waited:
+        assert sum(asked < time < got for time in begun) <= 1, "a second NFE of the video began while an image waited"
+
+
+def test_two_processes_never_hold_the_device_at_once(tmp_path: Path) -> None:
+    processes = [looping(tmp_path, priority, 0.002) for priority in ("high", "low", "low")]
+    time.sleep(0.5)
+    for process in processes:
+        process.kill()
+    spans = sorted(span for process in processes for span in times(process))
+    assert len(spans) > 20
+    assert all(earlier[1] <= later[0] for earlier, later in itertools.pairwise(spans))
+
+
+def test_two_locks_of_one_process_exclude_each_other(tmp_path: Path) -> None:
+    first, second = (DeviceLock("cpu", Priority.HIGH, tmp_path) for _ in range(2))
+    got = threading.Event()
+
+    def take() -> None:
+        with second.held():
+            got.set()
+
+    with first.held():
+        thread = threading.Thread(target=take)
+        thread.start()
+        assert not got.wait(0.1)
+    assert got.wait(10)
+    thread.join()
+
+
+@pytest.mark.parametrize("priority", ["high", "low"])
+def test_a_killed_holder_gives_the_device_back(tmp_path: Path, priority: str) -> None:
+    holder = looping(tmp_path, priority, 1000)
+    os.kill(holder.pid, signal.SIGKILL)
+    for waiter in Priority:
+        with DeviceLock("cpu", waiter, tmp_path).held():
+            pass
+    holder.communicate()
+
+
+def test_devices_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    with DeviceLock("cpu", Priority.HIGH, tmp_path).held(), DeviceLock("cuda:0", Priority.HIGH, tmp_path).held():
+        pass
+
+
+def test_a_lock_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWSTEP_LOCKS", str(tmp_path))
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(StudentError, match="belongs to somebody else"):
+        DeviceLock("cpu", Priority.HIGH)
