@@ -177,6 +177,8 @@ def generate(
     nfe: Annotated[int | None, typer.Option(help="denoiser evaluations; default: the student's")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; default: the student's")] = None,
     student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    embed_prompt: Annotated[bool, typer.Option(help="keep the prompt in the PNG, for `fewstep replay`")] = False,
+    trace: Annotated[Path | None, typer.Option(help="write a trace of the stages, for ui.perfetto.dev")] = None,
     model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
 ) -> None:
     """Makes one picture in this process, without any server.
@@ -188,9 +190,32 @@ def generate(
         from server.generate import generate_file
 
         try:
-            print(generate_file(prompt, out, seed, nfe, size, student, model_repository))
+            print(generate_file(prompt, out, seed, nfe, size, student, model_repository, embed_prompt, trace))
         except EngineError as error:
             fail(str(error))
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="a PNG made by fewstep")],
+    prompt: Annotated[str | None, typer.Option(help="its prompt, where the PNG does not hold it")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """Makes a picture again and says whether it is the same to the bit, or what has changed. Exit code 1: it is not.
+
+    Example: fewstep replay out.png --prompt "a red circle above a blue square"
+    """
+    with one_line_errors("triton"):
+        from server.engine.errors import EngineError
+        from server.replay import replay
+
+        try:
+            outcome = replay(file, prompt, model_repository)
+        except EngineError as error:
+            fail(str(error))
+        print("\n".join(outcome.lines))
+        if not outcome.identical:
+            raise typer.Exit(1)
 
 
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each ends in one line of JSON.")
@@ -220,6 +245,29 @@ def bench_nfe(
             run(model_repository, student, runs)
         except EngineError as error:
             fail(str(error))
+
+
+@bench.command("determinism")
+def bench_determinism(
+    trials: Annotated[int, typer.Option(min=1, help="random batches")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="which batches")] = 0,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """Random batches of every size and slot, with mates of all kinds: no request's bits may change. Exit code 1: one did.
+
+    Example: fewstep bench determinism --trials 1000
+    """
+    with one_line_errors("triton"):
+        from benchmarks.determinism import run
+        from server.engine.errors import EngineError
+
+        try:
+            failures = run(model_repository, student, trials, seed)
+        except EngineError as error:
+            fail(str(error))
+        if failures:
+            raise typer.Exit(1)
 
 
 if __name__ == "__main__":

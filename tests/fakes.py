@@ -104,7 +104,7 @@ def fake_engine(tiny: Path, clock: FakeClock, max_batch: int = 4, fixed_batch: i
     sessions = {"student_step": FakeStep(clock), "vae_decoder": FakeDecoder(clock, 8), "text_encoder": FakeText()}
     text = TextEncoder(open_tokenizer(student.files["tokenizer.json"]), sessions["text_encoder"], manifest.text_length)
     tables = {nfe: np.array(manifest.tables[str(nfe)], np.float32) for nfe in manifest.nfe}
-    return FakeEngine(manifest, text, sessions, "fp_fake", tables, fixed_batch)
+    return FakeEngine(manifest, text, sessions, "fp_fake", {}, tables, fixed_batch)
 
 
 class Recorder:

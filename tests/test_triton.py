@@ -13,13 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from server.engine.engine import Engine, Request
 from server.gateway import triton_backend
-from server.gateway.backend import BackendFailed, BackendImage, BackendUnavailable, ImageRequest, InvalidRequest, NumericalError
+from server.gateway.backend import (
+    BackendFailed,
+    BackendImage,
+    BackendUnavailable,
+    DeadlineExceeded,
+    ImageRequest,
+    InvalidRequest,
+    NumericalError,
+)
 from server.gateway.triton_backend import TritonBackend
 from tests.conftest import Server, alive, start_server
 from tests.tiny_student import build_tiny_student
@@ -265,5 +274,109 @@ def test_a_config_of_another_student_is_refused_by_triton(own_repository: Path) 
         with pytest.raises(BackendFailed, match="do not belong together"):
             await backend.start()
         assert backend.server is None
+
+    asyncio.run(scenario())
+
+
+def metrics(backend: TritonBackend) -> dict[str, float]:
+    """Counters of Triton's metrics endpoint, added up over their labels."""
+    assert backend.server is not None
+    found: dict[str, float] = {}
+    for line in httpx.get(f"http://127.0.0.1:{backend.server.metrics_port}/metrics").text.splitlines():
+        if line.startswith("fewstep_"):
+            name = line.partition("{")[0]
+            found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])
+    return found
+
+
+async def settled(backend: TritonBackend) -> dict[str, float]:
+    """The counters once they have stood still for longer than they take to be passed on."""
+    before: dict[str, float] = {}
+    while (now := await asyncio.to_thread(metrics, backend)) != before:
+        before = now
+        await asyncio.sleep(0.6)
+    return now
+
+
+def bundled_request(seed: int, **changes: Any) -> ImageRequest:
+    values = {"student": "scenes", "prompt": "a red circle", "seed": seed, "image_index": 0, "nfe": 4, "size": "128x128"}
+    return ImageRequest(**values | changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def no_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody asks for images of their own while counters are compared."""
+    monkeypatch.setattr(triton_backend, "QUIET_SECONDS", 1000.0)
+
+
+@pytest.mark.usefixtures("no_probes")
+def test_a_closed_stream_stops_the_work_and_harms_no_mate(bundled_repository: Path, engine: Engine) -> None:
+    async def scenario() -> None:
+        async with running(bundled_repository) as backend:
+            before = await settled(backend)
+            tasks = [asyncio.create_task(backend.generate(bundled_request(seed))) for seed in range(24)]
+            await asyncio.sleep(0.05)
+            for task in tasks[::2]:
+                task.cancel()
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            after = await settled(backend)
+            kept = [outcome for outcome in outcomes if isinstance(outcome, BackendImage)]
+            assert len(kept) >= 12
+            for seed, outcome in enumerate(outcomes):
+                if isinstance(outcome, BackendImage):
+                    assert np.array_equal(outcome.image, engine.run(Request("a red circle", seed, 0, 4, "128x128")).image)
+            gained = {name: after[name] - before.get(name, 0.0) for name in after}
+            assert gained["fewstep_finished_total"] == 24
+            assert gained["fewstep_cancelled_total"] == 24 - len(kept)
+            assert gained["fewstep_steps_requested_total"] == 24 * 4
+            assert len(kept) * 4 <= gained["fewstep_steps_executed_total"] < 24 * 4
+            assert after["fewstep_in_flight"] == after["fewstep_queue_depth"] == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("no_probes")
+def test_a_passed_deadline_is_typed_and_executes_no_more(bundled_repository: Path) -> None:
+    async def scenario() -> None:
+        async with running(bundled_repository) as backend:
+            before = await settled(backend)
+            crowd = [backend.generate(bundled_request(seed, timeout_ms=1)) for seed in range(8)]
+            outcomes = await asyncio.gather(*crowd, return_exceptions=True)
+            assert all(isinstance(outcome, DeadlineExceeded) for outcome in outcomes)
+            after = await settled(backend)
+            assert after["fewstep_steps_executed_total"] - before["fewstep_steps_executed_total"] <= 8
+            assert after["fewstep_finished_total"] - before["fewstep_finished_total"] == 8
+
+    asyncio.run(scenario())
+
+
+def test_previews_come_in_order_before_the_same_image(bundled_repository: Path, engine: Engine) -> None:
+    async def scenario() -> None:
+        async with running(bundled_repository) as backend:
+            seen: list[tuple[int, np.ndarray]] = []
+            made = await backend.generate(
+                bundled_request(7, previews=(1, 2, 3)), lambda step, image: seen.append((step, image))
+            )
+            plain = await backend.generate(bundled_request(7))
+            assert np.array_equal(made.image, plain.image)
+            assert [step for step, _ in seen] == [1, 2, 3]
+            distances = [np.abs(image.astype(int) - made.image).mean() for _, image in seen]
+            assert distances[0] > distances[2] > 0, "previews are real and draw near"
+            assert "preview" not in {span.stage for span in plain.spans}
+
+    asyncio.run(scenario())
+
+
+def test_one_nfe_requests_do_not_wait_for_the_longer_ones_before_them(bundled_repository: Path) -> None:
+    async def scenario() -> None:
+        async with running(bundled_repository) as backend:
+            order: list[str] = []
+
+            async def ask(seed: int, nfe: int) -> None:
+                await backend.generate(bundled_request(seed, nfe=nfe))
+                order.append(f"{nfe}")
+
+            await asyncio.gather(*(ask(seed, 4) for seed in range(12)), ask(100, 1))
+            assert order.index("1") < 6, "the last to come was among the first to leave"
 
     asyncio.run(scenario())

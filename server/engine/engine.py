@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from server.engine.errors import InvalidRequest, NumericalError
-from server.engine.fingerprint import fingerprint
+from server.engine.fingerprint import fingerprint, fingerprint_parts
 from server.engine.noise import initial_latents
 from server.engine.session import OnnxSession, Session
 from server.engine.student import GRAPHS, ExportedStudent, StudentManifest, open_student
@@ -73,6 +73,7 @@ class Result:
     spans: tuple[Span, ...]
     tokens: int
     fingerprint: str
+    fingerprint_parts: dict[str, str]
 
     @property
     def nanoseconds(self) -> dict[str, int]:
@@ -92,6 +93,7 @@ class Engine:
     text_encoder: TextEncoder
     sessions: dict[str, Session]
     fingerprint: str
+    fingerprint_parts: dict[str, str]
     tables: dict[int, Floats] = field(repr=False)
     fixed_batch: int | None = None
     buffers: dict[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
@@ -109,7 +111,8 @@ class Engine:
         tables = {nfe: np.array(manifest.tables[str(nfe)], np.float32) for nfe in manifest.nfe}
         tokenizer = open_tokenizer(student.files["tokenizer.json"])
         text_encoder = TextEncoder(tokenizer, sessions["text_encoder"], manifest.text_length)
-        return cls(manifest, text_encoder, sessions, fingerprint(manifest), tables)
+        parts = fingerprint_parts(manifest)
+        return cls(manifest, text_encoder, sessions, fingerprint(parts), parts, tables)
 
     @property
     def max_batch(self) -> int:
@@ -188,7 +191,7 @@ class Engine:
 
     def result(self, progress: Progress, image: Pixels) -> Result:
         """What is told about a finished request."""
-        return Result(image, tuple(progress.spans), progress.text.tokens, self.fingerprint)
+        return Result(image, tuple(progress.spans), progress.text.tokens, self.fingerprint, self.fingerprint_parts)
 
     def gather(self, name: str, rows: Sequence[npt.NDArray[Any]], pad: bool = True) -> npt.NDArray[Any]:
         """Rows [1, ...] -> [B, ...]: the row itself if it is alone, else a view of a buffer that the next call overwrites."""

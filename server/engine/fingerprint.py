@@ -17,26 +17,33 @@ from server.engine.student import StudentManifest
 INSTRUCTION_SETS = ("avx", "avx2", "fma", "avx512f", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd", "sve")
 
 
-def fingerprint(manifest: StudentManifest) -> str:
-    """`fp_` and 32 hexadecimal digits of the sha256 over `ingredients`."""
-    text = json.dumps(ingredients(manifest), sort_keys=True)
-    return "fp_" + hashlib.sha256(text.encode()).hexdigest()[:32]
+def fingerprint(parts: dict[str, str]) -> str:
+    """`fp_` and 32 hexadecimal digits of the sha256 over all parts."""
+    return "fp_" + digest(parts)[:32]
 
 
-def ingredients(manifest: StudentManifest) -> dict[str, Any]:
-    """Every ingredient by name, so that two fingerprints can be compared by a person."""
-    decisive = {"files", "tables", "sizes", "text_length", "init_noise_sigma", "precision"}
+def fingerprint_parts(manifest: StudentManifest) -> dict[str, str]:
+    """Everything that decides the pixels, by name, so that two fingerprints can be compared by a person."""
+    settings = {"sizes": manifest.sizes, "text_length": manifest.text_length, "init_noise_sigma": manifest.init_noise_sigma}
     return {
-        "student": manifest.model_dump(mode="json", include=decisive),
+        **{name: sha256[:16] for name, sha256 in sorted(manifest.files.items())},
+        "tables": digest(manifest.tables)[:16],
+        "settings": digest(settings)[:16],
+        "precision": ", ".join(f"{graph} {precision}" for graph, precision in sorted(manifest.precision.items())),
         "provider": PROVIDER,
         "onnxruntime": ort.__version__,
         "optimisation_level": OPTIMISATION_LEVEL,
-        "threads": THREADS,
+        "threads": str(THREADS),
         "batch_policy": BATCH_POLICY,
         "rng": RNG_VERSION,
         "tokenizers": tokenizers.__version__,
         "device": device_class(),
     }
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def device_class() -> str:

@@ -62,9 +62,10 @@ class TritonSink:
         self.sender.send(image_response(image, {"preview": step}))
 
     def done(self, result: Result) -> None:
-        """The report: spans (stage, begin, nanoseconds, batch), tokens and fingerprint."""
+        """The report: spans (stage, begin, nanoseconds, batch), tokens, and the fingerprint with its parts."""
         spans = [(span.stage, span.begin, span.nanoseconds, span.batch) for span in result.spans]
-        report = {"spans": spans, "tokens": result.tokens, "fingerprint": result.fingerprint}
+        report: dict[str, Any] = {"spans": spans, "tokens": result.tokens}
+        report |= {"fingerprint": result.fingerprint, "fingerprint_parts": result.fingerprint_parts}
         self.sender.send(image_response(result.image, report), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def failed(self, error: EngineError) -> None:

@@ -79,6 +79,7 @@ class BackendImage:
     spans: tuple[Span, ...]
     tokens: int
     fingerprint: str
+    fingerprint_parts: dict[str, str]
     round_trip: int
 
     @property

@@ -56,7 +56,8 @@ class InProcessBackend:
         finally:
             answer.dropped = True
         spans = tuple(Span(span.stage, span.begin, span.nanoseconds, span.batch) for span in result.spans)
-        return BackendImage(result.image, spans, result.tokens, result.fingerprint, time.perf_counter_ns() - begin)
+        named = {name: getattr(result, name) for name in ("tokens", "fingerprint", "fingerprint_parts")}
+        return BackendImage(result.image, spans, **named, round_trip=time.perf_counter_ns() - begin)
 
     async def ready(self) -> bool:
         return bool(self.students) and all(thread.is_alive() for thread in self.threads)

@@ -23,6 +23,7 @@ class Plan:
     size: str
     format: Format
     compression: int | None
+    embed_prompt: bool
     raw: bool
 
     @property
@@ -55,6 +56,7 @@ def make_plan(asked: ImageGeneration, accept: str, students: dict[str, StudentCa
         size=legal_size(asked.size, student),
         format=legal_format(asked, raw_format),
         compression=asked.output_compression,
+        embed_prompt=bool(asked.embed_prompt),
         raw=raw_format is not None,
     )
 

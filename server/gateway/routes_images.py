@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import hashlib
 import time
 from typing import Any
 
@@ -15,6 +14,7 @@ from server.gateway.media import Encoded, encode
 from server.gateway.plan import Plan, make_plan
 from server.gateway.schemas import ImageGeneration, request_body
 from server.gateway.timings import Timings, measure
+from server.metadata import Metadata, pixel_sha256
 
 router = APIRouter()
 
@@ -27,9 +27,12 @@ async def generate_images(request: Request) -> Response:
     backend: Backend = request.app.state.backend
     plan = make_plan(asked, request.headers.get("accept", ""), backend.students)
     made = await run_all(backend, plan)
-    files = await asyncio.gather(*(encode(image.image, plan.format, plan.compression) for image in made))
+    described = [metadata(plan, index, image) for index, image in zip(plan.image_indices, made, strict=True)]
+    files = await asyncio.gather(
+        *(encode(image.image, plan.format, plan.compression, said) for image, said in zip(made, described, strict=True))
+    )
     timings = measure(made, files, time.perf_counter_ns() - begin)
-    headers = generation_headers(plan, made, timings)
+    headers = generation_headers(plan, made[0].fingerprint, described, timings)
     if plan.raw:
         return Response(files[0].content, media_type=f"image/{plan.format}", headers=headers)
     return JSONResponse(describe(plan, made, files, timings), headers=headers)
@@ -45,13 +48,28 @@ async def run_all(backend: Backend, plan: Plan) -> list[BackendImage]:
     return [task.result() for task in tasks]
 
 
-def generation_headers(plan: Plan, made: list[BackendImage], timings: Timings) -> dict[str, str]:
+def metadata(plan: Plan, index: int, image: BackendImage) -> Metadata:
+    """What one image can say of itself."""
+    return Metadata(
+        model=plan.student.name,
+        prompt=plan.prompt if plan.embed_prompt else None,
+        seed=plan.seed,
+        image_index=index,
+        num_inference_steps=plan.nfe,
+        size=plan.size,
+        fingerprint=image.fingerprint,
+        fingerprint_parts=image.fingerprint_parts,
+        pixel_sha256=pixel_sha256(image.image),
+    )
+
+
+def generation_headers(plan: Plan, fingerprint: str, described: list[Metadata], timings: Timings) -> dict[str, str]:
     """x-pixel-sha256 is over uint8 [H, W, 3], whatever the file format; one per image."""
     return {
         "Server-Timing": timings.header(),
         "x-seed": str(plan.seed),
-        "x-fingerprint": made[0].fingerprint,
-        "x-pixel-sha256": ", ".join(hashlib.sha256(image.image.tobytes()).hexdigest() for image in made),
+        "x-fingerprint": fingerprint,
+        "x-pixel-sha256": ", ".join(image.pixel_sha256 for image in described),
     }
 
 

@@ -27,6 +27,7 @@ class ImageGeneration(BaseModel):
     image_index: Annotated[int | None, Field(ge=0, le=2**32 - 1, description="index of the first image")] = None
     num_inference_steps: Annotated[int | None, Field(description="NFE: denoiser evaluations per image")] = None
     steps: Annotated[int | None, Field(description="alias of num_inference_steps")] = None
+    embed_prompt: Annotated[bool | None, Field(description="keep the prompt in a PNG's metadata, for replay")] = None
     stream: bool | None = None
     partial_images: Annotated[int | None, Field(ge=0, le=3)] = None
     guidance_scale: Annotated[float | None, Field(description="a distilled student takes none: only 1")] = None

@@ -57,7 +57,8 @@ class TritonClient:
         report = json.loads(result.as_numpy("report")[0])
         spans = tuple(Span(*span) for span in report["spans"])
         elapsed = time.perf_counter_ns() - begin
-        return BackendImage(picture(result, request), spans, report["tokens"], report["fingerprint"], elapsed)
+        named = {name: report[name] for name in ("tokens", "fingerprint", "fingerprint_parts")}
+        return BackendImage(picture(result, request), spans, **named, round_trip=elapsed)
 
     async def last_response(self, request: ImageRequest, on_preview: OnPreview | None) -> Any:
         """Reads the stream to its end and returns the response that holds the image; closes the stream in any case, which
