@@ -270,5 +270,28 @@ def bench_determinism(
             raise typer.Exit(1)
 
 
+@bench.command("scheduler")
+def bench_scheduler(
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved repetitions of everything")] = 5,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="of each throughput measurement; the mix takes five times as long")
+    ] = 2.0,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """What the NFE scheduler costs at batch 1, its throughput against static batches, and its tail in a mix.
+
+    Example: fewstep bench scheduler --rounds 5
+    """
+    with one_line_errors("triton"):
+        from benchmarks.scheduler import run
+        from server.engine.errors import EngineError
+
+        try:
+            run(model_repository, student, rounds, seconds)
+        except EngineError as error:
+            fail(str(error))
+
+
 if __name__ == "__main__":
     app()

@@ -66,15 +66,15 @@ class TeacherRecipe:
     vae: str = "runs/scenes_vae/vae"
     text_encoder: str = "runs/scenes_text_encoder/text_encoder"
     start: str = ""  # a teacher folder whose transformer to go on from, or nothing for untrained weights
-    scenes: int = 120_000
-    iterations: int = 9000
+    scenes: int = 240_000
+    iterations: int = 7500
     batch: int = 128
     lr: float = 1e-3
-    warmup: int = 200
-    ema: float = 0.9995
+    warmup: int = 100
+    ema: float = 0.998
     text_dropout: float = 0.1
     noise_shift: float = 2.0  # above 1: more training where it is decided what is drawn
-    seed: int = 3
+    seed: int = 6
 
     def train(self, out: Path, resume: bool) -> None:
         from tdm_train.scenes.teacher import train_teacher
@@ -88,11 +88,11 @@ class TdmRecipe:
 
     teacher: str = "tdm_train/scenes/teacher"
     nfe: tuple[int, ...] = (1, 2, 3, 4)
-    guidance: float = 3.0
+    guidance: float = 2.0
     interval: Literal["separate", "to_terminal"] = "separate"
     prompts: int = 20_000
     text_length: int = 32
-    iterations: int = 800
+    iterations: int = 1000
     batch: int = 64
     student_lr: float = 3e-4
     fake_lr: float = 1e-3

@@ -291,7 +291,7 @@ def metrics(backend: TritonBackend) -> dict[str, float]:
 
 async def settled(backend: TritonBackend) -> dict[str, float]:
     """The counters once they have stood still for longer than they take to be passed on."""
-    before: dict[str, float] = {}
+    before = {"nothing yet": 0.0}
     while (now := await asyncio.to_thread(metrics, backend)) != before:
         before = now
         await asyncio.sleep(0.6)
