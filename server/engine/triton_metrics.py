@@ -40,10 +40,10 @@ class TritonMetrics(MemoryMetrics):
     def flush(self) -> None:
         """Passes on what is new since the last time."""
         for (name, labels), value in list(self.values.items()):
-            told = self.told.get((name, labels), 0.0)
+            told = self.told.get((name, labels))  # None: never shown, and a gauge at 0 is to be seen too
             if value != told:
                 metric = self.metric(name, labels)
-                metric.set(value) if METRICS[name].kind == "gauge" else metric.increment(value - told)
+                metric.set(value) if METRICS[name].kind == "gauge" else metric.increment(value - (told or 0))
                 self.told[name, labels] = value
         while self.observed:
             name, value, pairs = self.observed.popleft()
