@@ -116,6 +116,32 @@ def test_quality_stands_for_an_nfe_count(client: TestClient, quality: str | None
     assert ask(client, quality=quality, steps=3).json()["num_inference_steps"] == 3
 
 
+@pytest.mark.parametrize("accept", ["image/webp", "application/json"])
+def test_an_image_the_caller_has_is_a_304_without_work(client: TestClient, accept: str) -> None:
+    backend: InProcessBackend = client.app.state.backend  # type: ignore[attr-defined]
+    first = ask(client, accept)
+    executed = backend.metrics["tiny"].total("fewstep_steps_executed_total")
+    known = {"accept": accept, "if-none-match": f'"other", {first.headers["etag"]}'}
+    again = client.post(PATH, json=BODY, headers=known)
+    assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", first.headers["etag"])
+    assert backend.metrics["tiny"].total("fewstep_steps_executed_total") == executed
+    for change in ({"seed": 8}, {"prompt": "b"}, {"num_inference_steps": 1}, {"size": "64x32"}, {"image_index": 1}):
+        other = client.post(PATH, json=BODY | change, headers=known)
+        assert (other.status_code, other.headers["etag"] == first.headers["etag"]) == (200, False)
+
+
+def test_without_a_seed_there_is_no_304(client: TestClient) -> None:
+    seedless = {"prompt": "a red circle"}
+    first = client.post(PATH, json=seedless)
+    assert client.post(PATH, json=seedless, headers={"if-none-match": first.headers["etag"]}).status_code == 200
+
+
+@pytest.mark.parametrize("timeout", ["0", "-1", "1.5", "soon", "1e3", "\u0663", "9" * 40])
+def test_an_illegal_timeout_is_a_400(client: TestClient, timeout: str) -> None:
+    answer = client.post(PATH, json=BODY, headers={"x-request-timeout-ms": timeout.encode()})
+    assert assert_envelope(answer, 400)["param"] == "x-request-timeout-ms"
+
+
 def test_server_timing_has_one_entry_per_nfe_and_sums_to_the_total(client: TestClient) -> None:
     header = ask(client, "image/png", num_inference_steps=3).headers["server-timing"]
     entries = dict(re.findall(r"(\w+);dur=([0-9.]+)", header))
@@ -162,7 +188,6 @@ def test_harmless_openai_fields_are_accepted(client: TestClient) -> None:
         ({"output_format": "gif"}, "output_format"),
         ({"output_compression": 50}, "output_compression"),
         ({"response_format": "url"}, "response_format"),
-        ({"stream": True}, "stream"),
         ({"partial_images": 1}, "partial_images"),
         ({"background": "transparent"}, "background"),
         ({"style": "vivid"}, "style"),
@@ -224,6 +249,7 @@ def test_a_large_body_is_a_413(client: TestClient) -> None:
 def test_accept_and_body_must_not_contradict_each_other(client: TestClient) -> None:
     assert assert_envelope(ask(client, "image/png", n=2), 400)["param"] == "n"
     assert assert_envelope(ask(client, "image/png", output_format="webp"), 400)["param"] == "output_format"
+    assert assert_envelope(ask(client, "image/png", stream=True), 400)["param"] == "stream"
 
 
 def test_unknown_models_and_paths_are_404_and_wrong_methods_405(client: TestClient) -> None:
@@ -270,7 +296,7 @@ class FailingBackend:
     async def ready(self) -> bool:
         return False
 
-    async def generate(self, request: Any) -> Any:
+    async def generate(self, request: Any, on_preview: Any = None) -> Any:
         raise self.error
 
 

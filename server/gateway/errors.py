@@ -40,10 +40,13 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
 
-    def response(self) -> JSONResponse:
+    def envelope(self) -> dict[str, Any]:
+        """The body."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        body = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return JSONResponse({"error": body}, self.status, self.headers)
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.envelope(), self.status, self.headers)
 
 
 def invalid(message: str, param: str | None, code: str | None = "invalid_value") -> ApiError:
@@ -85,6 +88,14 @@ def from_backend(error: Exception) -> ApiError:
     return internal_error()
 
 
+def to_api_error(error: Exception, request_id: str | None = None) -> ApiError:
+    """Any failure as an answer; what is our fault goes to the log."""
+    answer = error if isinstance(error, ApiError) else from_backend(error)
+    if answer.status == 500:
+        logger.error("request %s: %s: %s", request_id, type(error).__name__, error)
+    return answer
+
+
 def internal_error() -> ApiError:
     """500: our fault; what happened is in the log, under the request's id."""
     return ApiError(500, "internal error; name the x-request-id of this answer when you report it", code="internal_error")
@@ -104,10 +115,7 @@ def on_api_error(request: Request, error: Exception) -> JSONResponse:
 
 
 def on_backend_error(request: Request, error: Exception) -> JSONResponse:
-    answer = from_backend(error)
-    if answer.status == 500:
-        logger.error("request %s: %s: %s", request.scope.get("request_id"), type(error).__name__, error)
-    return answer.response()
+    return to_api_error(error, request.scope.get("request_id")).response()
 
 
 def on_http_exception(request: Request, error: Exception) -> JSONResponse:

@@ -1,6 +1,7 @@
 """What was asked -> what will be run: every default filled in, every unsupported value refused by name."""
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from server.gateway.backend import ImageRequest, StudentCard
@@ -8,12 +9,15 @@ from server.gateway.errors import ApiError, invalid, show
 from server.gateway.schemas import NFE_BY_QUALITY, Format, ImageGeneration
 
 RAW_FORMATS: dict[str, Format] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+TIMEOUT_HEADER = "x-request-timeout-ms"
+LONGEST_TIMEOUT_MS = 60_000  # as long as the backend is waited for
 QUALITY_BY_NFE = {nfe: quality for quality, nfe in NFE_BY_QUALITY.items()}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that can be run as it stands. raw: the answer is the bytes of the image."""
+    """A request that can be run as it stands. raw: the answer is the bytes of the image; previews: after which NFEs of a
+    stream a partial image is sent; timeout_ms: None for as long as the server allows."""
 
     student: StudentCard
     prompt: str
@@ -25,23 +29,26 @@ class Plan:
     compression: int | None
     embed_prompt: bool
     raw: bool
+    stream: bool
+    previews: tuple[int, ...]
+    timeout_ms: int | None
 
     @property
     def quality(self) -> str:
         return QUALITY_BY_NFE.get(self.nfe, "auto")
 
-    def images(self) -> list[ImageRequest]:
-        """One request to the backend per image."""
-        return [
-            ImageRequest(self.student.name, self.prompt, self.seed, index, self.nfe, self.size) for index in self.image_indices
-        ]
+    def image(self, image_index: int) -> ImageRequest:
+        """What the backend is asked for one image."""
+        student, size = self.student.name, self.size
+        return ImageRequest(student, self.prompt, self.seed, image_index, self.nfe, size, self.previews, self.timeout_ms)
 
 
-def make_plan(asked: ImageGeneration, accept: str, students: dict[str, StudentCard]) -> Plan:
+def make_plan(asked: ImageGeneration, headers: Mapping[str, str], students: dict[str, StudentCard]) -> Plan:
     """Raises ApiError 400, or 404 for an unknown model."""
     refuse_unsupported(asked)
     student = find_student(asked.model, students)
-    raw_format = wanted_raw(accept)
+    raw_format = wanted_raw(headers.get("accept", ""))
+    nfe = legal_nfe(asked, student)
     count, first = asked.n or 1, asked.image_index or 0
     if raw_format and count > 1:
         raise invalid(f"n must be 1 for Accept: image/{raw_format}, got {count}", "n")
@@ -52,20 +59,21 @@ def make_plan(asked: ImageGeneration, accept: str, students: dict[str, StudentCa
         prompt=legal_prompt(asked.prompt, student),
         seed=secrets.randbits(64) if asked.seed is None else asked.seed,
         image_indices=range(first, first + count),
-        nfe=legal_nfe(asked, student),
+        nfe=nfe,
         size=legal_size(asked.size, student),
         format=legal_format(asked, raw_format),
         compression=asked.output_compression,
         embed_prompt=bool(asked.embed_prompt),
         raw=raw_format is not None,
+        stream=legal_stream(asked, raw_format),
+        previews=spread(asked.partial_images or 0, nfe),
+        timeout_ms=legal_timeout(headers.get(TIMEOUT_HEADER)),
     )
 
 
 def refuse_unsupported(asked: ImageGeneration) -> None:
     """What would change the answer and is not done is refused, never ignored."""
     refusals = {
-        "stream": (asked.stream, "true is not supported yet; leave it out"),
-        "partial_images": (asked.partial_images, "more than 0 is not supported yet; leave it out"),
         "response_format": (asked.response_format == "url", "url is not supported yet; only b64_json"),
         "background": (asked.background == "transparent", "transparent is not supported; only opaque"),
         "style": (asked.style not in (None, "", "natural"), "only natural is supported"),
@@ -122,6 +130,30 @@ def legal_format(asked: ImageGeneration, raw_format: Format | None) -> Format:
     if chosen == "png" and asked.output_compression not in (None, 100):
         raise invalid("output_compression is for jpeg and webp; png is lossless", "output_compression")
     return chosen
+
+
+def legal_stream(asked: ImageGeneration, raw_format: Format | None) -> bool:
+    """Raises ApiError 400 for partial images without a stream, and for a stream of raw bytes."""
+    if asked.partial_images and not asked.stream:
+        raise invalid(f"partial_images: {asked.partial_images} needs stream: true", "partial_images")
+    if asked.stream and raw_format:
+        raise invalid(f"stream: true is answered with text/event-stream, not with Accept: image/{raw_format}", "stream")
+    return bool(asked.stream)
+
+
+def spread(partial_images: int, nfe: int) -> tuple[int, ...]:
+    """After which NFEs a partial image is shown: evenly spread, fewer where a request has fewer NFEs before its last."""
+    count = min(partial_images, nfe - 1)
+    return tuple(round(index * nfe / (count + 1)) for index in range(1, count + 1))
+
+
+def legal_timeout(given: str | None) -> int | None:
+    """Milliseconds from the header, capped by the server. Raises ApiError 400."""
+    if given is None:
+        return None
+    if not (given.isascii() and given.isdecimal() and len(given) < 16 and int(given) > 0):
+        raise invalid(f"X-Request-Timeout-Ms must be a whole number of milliseconds from 1, got {show(given)}", TIMEOUT_HEADER)
+    return min(int(given), LONGEST_TIMEOUT_MS)
 
 
 def wanted_raw(accept: str) -> Format | None:

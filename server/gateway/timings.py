@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from server.gateway.backend import BackendImage
-from server.gateway.media import Encoded
+from server.gateway.pipeline import Made
 
 MILLION = 1e6
 
@@ -33,13 +32,12 @@ class Timings:
         return {name: round(value, 3) for name, value in vars(self).items() if name != "steps"} | {"steps": steps}
 
 
-def measure(made: list[BackendImage], files: list[Encoded], total: int) -> Timings:
+def measure(made: list[Made], total: int) -> Timings:
     """Of several images, the stages of the one that was finished last, since it decided the total (nanoseconds)."""
-    last = max(range(len(made)), key=lambda index: made[index].round_trip)
-    spent = made[last].nanoseconds
-    text = spent["text_encoder"]
+    last = max(made, key=lambda image: image.round_trip)
+    spent, encoded = last.nanoseconds, last.file.nanoseconds
+    text, decoder = spent["text_encoder"], spent["vae_decoder"]
     steps = [spent[name] for name in spent if name.startswith("nfe")]
-    queue = total - text - sum(steps) - spent["vae_decoder"] - files[last].nanoseconds
-    whole = [queue, text, spent["vae_decoder"], files[last].nanoseconds, total]
-    queue_ms, text_ms, decoder_ms, encode_ms, total_ms = (value / MILLION for value in whole)
+    queue = total - text - sum(steps) - decoder - encoded
+    queue_ms, text_ms, decoder_ms, encode_ms, total_ms = (value / MILLION for value in (queue, text, decoder, encoded, total))
     return Timings(queue_ms, text_ms, [step / MILLION for step in steps], decoder_ms, encode_ms, total_ms)

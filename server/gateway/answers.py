@@ -1,0 +1,67 @@
+"""What is said about finished images: headers and the JSON document, in OpenAI's shape."""
+
+import base64
+import hashlib
+import json
+import time
+from typing import Any
+
+from server.gateway.pipeline import Made
+from server.gateway.plan import Plan
+from server.gateway.timings import Timings
+
+
+def headers(plan: Plan, made: list[Made], timings: Timings) -> dict[str, str]:
+    """x-pixel-sha256 is over uint8 [H, W, 3], whatever the file format; one per image."""
+    return {
+        "Server-Timing": timings.header(),
+        "ETag": etag(plan),
+        "x-seed": str(plan.seed),
+        "x-fingerprint": made[0].fingerprint,
+        "x-pixel-sha256": ", ".join(image.pixel_sha256 for image in made),
+    }
+
+
+def etag(plan: Plan) -> str:
+    """Of all that decides the answer. Weak for JSON, which also says when it was made and how long that took."""
+    indices = [plan.image_indices.start, plan.image_indices.stop]
+    decides = [plan.student.fingerprint, plan.prompt, plan.seed, indices, plan.nfe, plan.size, plan.format]
+    decides += [plan.compression, plan.embed_prompt, plan.raw]
+    digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+    return f'"{digest}"' if plan.raw else f'W/"{digest}"'
+
+
+def document(plan: Plan, made: list[Made], timings: Timings) -> dict[str, Any]:
+    """The answer in OpenAI's shape, and what it lacks to make the images again."""
+    return {
+        "created": int(time.time()),
+        "data": [
+            {
+                "b64_json": base64.b64encode(image.file.content).decode(),
+                "seed": plan.seed,
+                "image_index": image.image_index,
+            }
+            for image in made
+        ],
+        "size": plan.size,
+        "quality": plan.quality,
+        "output_format": plan.format,
+        "background": "opaque",
+        "usage": usage(plan, made),
+        "model": plan.student.name,
+        "num_inference_steps": plan.nfe,
+        "fingerprint": made[0].fingerprint,
+        "timings": timings.document(),
+    }
+
+
+def usage(plan: Plan, made: list[Made], text: bool = True) -> dict[str, Any]:
+    """Text tokens once per request; an image counts its latent positions."""
+    _, height, width = plan.student.sizes[plan.size]
+    tokens, pictures = made[0].tokens if text else 0, height * width * len(made)
+    return {
+        "input_tokens": tokens,
+        "output_tokens": pictures,
+        "total_tokens": tokens + pictures,
+        "input_tokens_details": {"text_tokens": tokens, "image_tokens": 0},
+    }
