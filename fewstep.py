@@ -40,9 +40,10 @@ def one_line_errors(extra: str) -> Iterator[None]:
         fail(" ".join(str(error).split()))
 
 
-def fail(message: str) -> None:
-    """Says what went wrong and ends with exit code 1."""
-    print(f"fewstep: {message}", file=sys.stderr)
+def fail(*messages: str) -> None:
+    """Says what went wrong, a line each, and ends with exit code 1."""
+    for message in messages:
+        print(f"fewstep: {message}", file=sys.stderr)
     raise typer.Exit(1)
 
 
@@ -148,25 +149,51 @@ def evaluate(
 
 @app.command()
 def serve(
-    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on; 0 takes a free one")] = 8000,
-    backend: Annotated[str, typer.Option(help="triton, or inprocess where there is no Triton")] = "triton",
-    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+    host: Annotated[str | None, typer.Option(help="address to listen on (127.0.0.1)")] = None,
+    port: Annotated[int | None, typer.Option(help="port to listen on; 0 takes a free one (8000)")] = None,
+    backend: Annotated[str | None, typer.Option(help="triton, or inprocess where there is no Triton (triton)")] = None,
+    model_repository: Annotated[Path | None, typer.Option(help="folder of exported students (model_repository)")] = None,
+    keys_file: Annotated[Path | None, typer.Option(help="file of API keys; with it, requests need a key")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="any other setting, e.g. --set grace_seconds=5; --check lists them")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings (fewstep.toml, if there is one)")] = None,
+    check: Annotated[bool, typer.Option("--check", help="print all settings with their origins, and end")] = False,
 ) -> None:
     """Serves the students of a model repository over OpenAI's image API.
 
-    Example: fewstep serve --port 8000
+    Every setting can be given here, in the environment (FEWSTEP_PORT) or in a TOML file (port = 8000), in this order of rank.
+
+    Examples: fewstep serve --port 8000; fewstep serve --set max_queue_seconds=5 --check
     """
+    flags = {"host": host, "port": port, "backend": backend, "model_repository": model_repository, "keys_file": keys_file}
     with one_line_errors("triton"):
         from server.gateway.backend import BackendError
         from server.gateway.serve import serve
+        from server.gateway.settings import SettingsError, as_toml, load
 
-        if backend not in ("triton", "inprocess"):
-            raise ValueError(f"--backend must be triton or inprocess, got {backend!r}")
         try:
-            serve(host, port, backend, model_repository)
+            settings, origins = load(
+                with_set({name: value for name, value in flags.items() if value is not None}, set_), config
+            )
+            if check:
+                print(as_toml(settings, origins))
+            else:
+                serve(settings)
+        except SettingsError as error:
+            fail(*error.complaints)
         except BackendError as error:
             fail(str(error))
+
+
+def with_set(flags: dict[str, object], changes: list[str] | None) -> dict[str, object]:
+    """Flags and the name=value pairs of --set. Raises ValueError for one that is no pair, or given twice."""
+    for change in changes or []:
+        name, equals, value = change.partition("=")
+        if not equals or name in flags:
+            raise ValueError(f"--set {name!r}: " + ("given twice" if equals else "legal is name=value"))
+        flags[name] = value
+    return flags
 
 
 @app.command()

@@ -25,8 +25,8 @@ from server.gateway.backend import (
     InvalidRequest,
     NumericalError,
 )
-from server.gateway.boundary import MAX_BODY
 from server.gateway.inprocess_backend import InProcessBackend
+from server.gateway.settings import Settings
 
 PATH = "/v1/images/generations"
 BODY = {"prompt": "a red circle", "seed": 7}
@@ -36,7 +36,7 @@ BODY = {"prompt": "a red circle", "seed": 7}
 def client(tiny_repository: Path) -> Iterator[TestClient]:
     backend = InProcessBackend(tiny_repository)
     asyncio.run(backend.start())
-    with TestClient(create_app(backend)) as client:
+    with TestClient(create_app(backend, Settings())) as client:
         yield client
     asyncio.run(backend.stop())
 
@@ -242,7 +242,7 @@ def test_only_json_is_understood(client: TestClient) -> None:
 
 
 def test_a_large_body_is_a_413(client: TestClient) -> None:
-    body = json.dumps(BODY | {"prompt": "a" * MAX_BODY}).encode()
+    body = json.dumps(BODY | {"prompt": "a" * Settings().max_body_bytes}).encode()
     assert_envelope(client.post(PATH, content=body, headers={"content-type": "application/json"}), 413)
 
 
@@ -313,7 +313,7 @@ class FailingBackend:
 )
 def test_a_failing_backend_becomes_the_right_status(client: TestClient, error: Exception, status: int, code: str) -> None:
     students = client.app.state.backend.students  # type: ignore[attr-defined]
-    with TestClient(create_app(FailingBackend(students, error))) as failing:
+    with TestClient(create_app(FailingBackend(students, error), Settings())) as failing:
         answer = ask(failing, n=2)
         assert assert_envelope(answer, status)["code"] == code
         assert "secret" not in answer.text
@@ -323,7 +323,7 @@ def test_a_failing_backend_becomes_the_right_status(client: TestClient, error: E
 
 
 def test_before_the_backend_has_said_what_it_serves_a_request_is_a_503() -> None:
-    with TestClient(create_app(FailingBackend({}, RuntimeError()))) as starting:
+    with TestClient(create_app(FailingBackend({}, RuntimeError()), Settings())) as starting:
         answer = ask(starting)
         assert_envelope(answer, 503)
         assert answer.headers["retry-after"]

@@ -25,6 +25,7 @@ from server.engine.session import Tensors
 from server.gateway.app import create_app
 from server.gateway.inprocess_backend import InProcessBackend
 from server.gateway.plan import spread
+from server.gateway.settings import Settings
 
 PATH = "/v1/images/generations"
 BODY = {"prompt": "a red circle", "seed": 7, "stream": True}
@@ -49,7 +50,7 @@ def pixels(event: dict[str, Any]) -> np.ndarray:
 def client(tiny_repository: Path) -> Iterator[TestClient]:
     backend = InProcessBackend(tiny_repository)
     asyncio.run(backend.start())
-    with TestClient(create_app(backend)) as client:
+    with TestClient(create_app(backend, Settings())) as client:
         yield client
     asyncio.run(backend.stop())
 
@@ -157,7 +158,7 @@ class Running:
 def slow(tiny_repository: Path) -> Iterator[Running]:
     backend = InProcessBackend(tiny_repository)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(backend), log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(create_app(backend, Settings()), log_level="warning", lifespan="off"))
     ready = threading.Event()
 
     async def run() -> None:

@@ -10,15 +10,14 @@ from server.gateway.errors import ApiError, internal_error
 
 logger = logging.getLogger("fewstep")
 
-MAX_BODY = 1 << 20
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
 class Boundary:
     """ASGI middleware around the whole application."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self.app, self.max_body_bytes = app, max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -34,7 +33,7 @@ class Boundary:
             await send(message)
 
         try:
-            await self.app(scope, bounded(receive), send_with_id)
+            await self.app(scope, bounded(receive, self.max_body_bytes), send_with_id)
         except Exception as error:
             answer = error if isinstance(error, ApiError) else internal_error()
             if answer is not error:
@@ -44,16 +43,16 @@ class Boundary:
             await answer.response()(scope, receive, send_with_id)
 
 
-def bounded(receive: Receive) -> Receive:
-    """`receive`, refusing with 413 once the body has more than MAX_BODY bytes."""
+def bounded(receive: Receive, most: int) -> Receive:
+    """`receive`, refusing with 413 once the body has more than `most` bytes."""
     received = 0
 
     async def counted() -> Message:
         nonlocal received
         message = await receive()
         received += len(message.get("body", b""))
-        if received > MAX_BODY:
-            said = f"the body is larger than {MAX_BODY} bytes"
+        if received > most:
+            said = f"the body is larger than {most} bytes"
             raise ApiError(413, said, code="body_too_large", headers={"Connection": "close"})
         return message
 

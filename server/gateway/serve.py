@@ -4,42 +4,38 @@ import asyncio
 import logging
 import signal
 import socket
-from pathlib import Path
 from types import FrameType
-from typing import Literal
 
 import uvicorn
 
 from server.gateway.app import create_app
 from server.gateway.backend import Backend, BackendFailed
+from server.gateway.settings import Settings
 
 READY = """fewstep serves {students} on {url}  (backend: {backend}); try
   curl -s {url}/v1/images/generations -H 'Content-Type: application/json' -H 'Accept: image/png' \\
     -d '{{"prompt": "a red circle above a blue square", "seed": 7}}' -o out.png"""
-GRACE_SECONDS = 30
-
-BackendName = Literal["triton", "inprocess"]
 
 
-def serve(host: str, port: int, backend: BackendName, repository: Path) -> None:
+def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT. Raises BackendFailed or OSError with a message for the terminal."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    with listen(host, port) as listener:
-        asyncio.run(serve_on(listener, open_backend(backend, repository), backend))
+    with listen(settings.host, settings.port) as listener:
+        asyncio.run(serve_on(listener, open_backend(settings), settings))
 
 
-def open_backend(name: BackendName, repository: Path) -> Backend:
+def open_backend(settings: Settings) -> Backend:
     """The backend, not started. Imports only what this one needs."""
-    if name == "inprocess":
+    if settings.backend == "inprocess":
         from server.gateway.inprocess_backend import InProcessBackend
 
-        return InProcessBackend(repository)
+        return InProcessBackend(settings.model_repository)
     from server.gateway.tritonserver import find_triton
 
     find_triton()  # first, since without the wheel there is no client to import either
     from server.gateway.triton_backend import TritonBackend
 
-    return TritonBackend(repository)
+    return TritonBackend(settings.model_repository)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -56,10 +52,14 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def serve_on(listener: socket.socket, backend: Backend, backend_name: str) -> None:
+async def serve_on(listener: socket.socket, backend: Backend, settings: Settings) -> None:
     """The gateway answers at once (alive, not ready) while the backend warms up."""
     config = uvicorn.Config(
-        create_app(backend), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_SECONDS
+        create_app(backend, settings),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=settings.grace_seconds,
     )
     server = uvicorn.Server(config)
     keep_signals(server)
@@ -69,7 +69,7 @@ async def serve_on(listener: socket.socket, backend: Backend, backend_name: str)
         await asyncio.wait([serving, starting], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-            print(ready_line(listener, backend, backend_name), flush=True)
+            print(ready_line(listener, backend, settings.backend), flush=True)
         await serving
     finally:
         await end(starting)
@@ -103,4 +103,4 @@ def ready_line(listener: socket.socket, backend: Backend, backend_name: str) -> 
     return READY.format(students=", ".join(backend.students), url=f"http://{host}:{port}", backend=backend_name)
 
 
-__all__ = ["BackendFailed", "BackendName", "serve"]
+__all__ = ["BackendFailed", "serve"]
