@@ -41,7 +41,7 @@ def open_backend(settings: Settings) -> Backend:
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket; raises OSError that says which port, and the way out."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves TCP_NODELAY off
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
