@@ -2,12 +2,13 @@
 
 A trial puts one request into a scheduler with mates that are ordinary, huge, denormal or NaN, that are cancelled on the
 way or join later, and compares the latents and pixels it ends with to those it has alone. The negative control is the same
-harness over a session that varies with the batch: it must be caught, or the harness proves nothing.
+harness over a session that varies with the batch: it must be caught, or the harness proves nothing. The same session under
+`determinism=strict`, which gives every call one shape, must not be; what that costs per NFE is measured beside it.
 """
 
 import json
+import time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from server.engine.engine import Engine, Pixels, Progress, Request, Result
+from server.engine.device import FreeDevice
+from server.engine.engine import Determinism, Engine, Pixels, Progress, Request, Result, batch_policy
 from server.engine.errors import EngineError
 from server.engine.scheduler import Scheduler
 from server.engine.session import Session, Tensors
@@ -23,14 +25,8 @@ from server.generate import open_engine
 
 PROMPTS = ("a red circle", "a large yellow star on a purple background", "a small green ring to the left of an orange cross")
 VICTIMS = 12
+CONTROL_TRIALS, COST_CALLS = 50, 20
 MATES = ("ordinary", "huge", "denormal", "nan", "cancelled", "late")
-
-
-class Free:
-    """A device lock that nobody else wants."""
-
-    def held(self) -> Any:
-        return nullcontext()
 
 
 class Ear:
@@ -63,6 +59,8 @@ class Outcome:
 
 class BlasStep:
     """The negative control: a step followed by numpy's matrix product, whose BLAS treats one row unlike several."""
+
+    batch_invariant = False
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -101,7 +99,7 @@ class Trials:
 
     def outcome(self, victim: Request, mates: list[str], slot: int) -> Outcome:
         """Runs the victim in `slot` among mates until it is answered."""
-        scheduler, ear = Scheduler(self.engine, Free()), Ear()  # type: ignore[arg-type]
+        scheduler, ear = Scheduler(self.engine, FreeDevice()), Ear()
         later = [kind for kind in mates if kind == "late"]
         now = [kind for kind in mates if kind != "late"]
         slot = min(slot, len(now))
@@ -137,18 +135,43 @@ def spoil(progress: Progress, kind: str) -> None:
 def run(repository: Path, student: str | None, trials: int, seed: int) -> int:
     """Runs the trials and the negative control, prints what happened and one line of JSON; returns the failures."""
     engine = open_engine(repository, student)
+    fewer = min(trials, CONTROL_TRIALS)
     harness = Trials(engine, seed)
-    failures = sum(harness.differs(index) for index in tqdm(range(trials), desc="trials", dynamic_ncols=True))
-    control = Trials(control_of(engine), seed)
-    caught = sum(control.differs(index) for index in tqdm(range(min(trials, 50)), desc="negative control", dynamic_ncols=True))
+    failures = count(harness, trials, "trials")
+    caught = count(Trials(control_of(engine, "fast"), seed), fewer, "negative control")
+    strict = count(Trials(control_of(engine, "strict"), seed), fewer, "strict")
+    cost = strict_cost(engine)
     print(f"{trials} random batches of 1 to {engine.max_batch}: {failures} changed a request's bits")
-    print(f"negative control (a step that varies with the batch): caught in {caught} of {min(trials, 50)}")
-    document = {"benchmark": "determinism", "student": engine.manifest.name, "fingerprint": engine.fingerprint}
-    document |= {"trials": trials, "failures": failures, "control_caught": caught, "mates": dict(harness.mates), "seed": seed}
+    print(f"negative control (a step that varies with the batch): caught in {caught} of {fewer}")
+    print(f"the same step under determinism=strict: {strict} of {fewer}; an NFE of one request takes {cost:.1f} times as long")
+    document: dict[str, Any] = {"benchmark": "determinism", "student": engine.manifest.name, "fingerprint": engine.fingerprint}
+    document |= {"trials": trials, "failures": failures, "control_caught": caught, "strict_failures": strict}
+    document |= {"strict_cost": round(cost, 2), "mates": dict(harness.mates), "seed": seed}
     print(json.dumps(document))
-    return failures if caught else -1
+    return failures + strict if caught else -1
 
 
-def control_of(engine: Engine) -> Engine:
+def count(harness: Trials, trials: int, what: str) -> int:
+    """In how many trials company changed something."""
+    return sum(harness.differs(index) for index in tqdm(range(trials), desc=what, dynamic_ncols=True))
+
+
+def control_of(engine: Engine, determinism: Determinism) -> Engine:
     """The same student with a step that varies with the batch."""
-    return replace(engine, sessions={**engine.sessions, "student_step": BlasStep(engine.sessions["student_step"])})
+    sessions = {**engine.sessions, "student_step": BlasStep(engine.sessions["student_step"])}
+    _, fixed_batch = batch_policy(list(sessions.values()), determinism, engine.manifest.max_batch)
+    return replace(engine, sessions=sessions, fixed_batch=fixed_batch, buffers={})
+
+
+def strict_cost(engine: Engine) -> float:
+    """How many times as long an NFE of one request takes when it is padded to a full batch; medians of interleaved calls."""
+    padded = replace(engine, fixed_batch=engine.manifest.max_batch, buffers={})
+    request = Request(PROMPTS[0], 0, 0, min(engine.manifest.nfe), next(iter(engine.manifest.sizes)))
+    spent: dict[bool, list[float]] = {False: [], True: []}
+    for index in range(2 * COST_CALLS):
+        one = padded if index % 2 else engine
+        progress = one.prepare(request)
+        begin = time.perf_counter()
+        one.step([progress])
+        spent[one is padded].append(time.perf_counter() - begin)
+    return float(np.median(spent[True]) / np.median(spent[False]))

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from server.engine.device import FreeDevice
 from server.engine.engine import Engine, Pixels, Progress, Request, Result
 from server.engine.errors import EngineError
 from server.engine.fingerprint import device_class
@@ -28,13 +28,6 @@ from server.generate import open_engine
 CLIENTS = (1, 2, 4, 8, 16)
 SHORT_SHARE = 0.2  # of the mix's requests ask for the smallest NFE count, the others for the largest
 LOAD = 0.7
-
-
-class Free:
-    """A device lock that nobody else wants."""
-
-    def held(self) -> Any:
-        return nullcontext()
 
 
 @dataclass
@@ -70,7 +63,7 @@ class Bench:
     def scheduled(self, nfe: int) -> float:
         """Seconds of one image through a running scheduler, the hand-over between threads included."""
         if not hasattr(self, "scheduler"):
-            self.scheduler = Scheduler(self.engine, Free())  # type: ignore[arg-type]
+            self.scheduler = Scheduler(self.engine, FreeDevice())
             self.scheduler.start()
         answered = threading.Event()
         begin = time.perf_counter()
@@ -85,6 +78,8 @@ class Bench:
 
         def timed(name: str) -> Any:
             class Timed:
+                batch_invariant = True
+
                 def run(self, tensors: dict[str, Any]) -> Any:
                     begin = time.perf_counter()
                     outputs = sessions[name].run(tensors)
@@ -119,7 +114,7 @@ class Bench:
 
     def closed_loop(self, clients: int, seconds: float) -> float:
         """Images per second of clients that ask again as soon as they are answered."""
-        scheduler = Scheduler(self.engine, Free())  # type: ignore[arg-type]
+        scheduler = Scheduler(self.engine, FreeDevice())
         begin, done = time.perf_counter(), 0
 
         def again(now: float) -> None:
@@ -145,7 +140,7 @@ class Bench:
         return latencies
 
     def serve_scheduled(self, trace: list[tuple[float, int]], latencies: list[float]) -> None:
-        scheduler = Scheduler(self.engine, Free())  # type: ignore[arg-type]
+        scheduler = Scheduler(self.engine, FreeDevice())
         begin = time.perf_counter()
         while trace or scheduler.arrivals or scheduler.members:
             while trace and trace[0][0] <= time.perf_counter() - begin:

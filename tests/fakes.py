@@ -1,7 +1,5 @@
 """An engine whose networks are a few lines of numpy and whose clock moves only when they run."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,19 +26,12 @@ class FakeClock:
         return self.now
 
 
-class FreeDevice:
-    """A device lock that nobody else wants."""
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        yield
-
-
 @dataclass
 class FakeStep:
     """Row by row: x0 = (latents + timestep) mod 1, next = latents + nfe. Latents carry the seed in their first value."""
 
     clock: FakeClock
+    batch_invariant = True
     calls: list[list[int]] = field(default_factory=list)  # the rows' seeds, call by call
     began: list[float] = field(default_factory=list)
 
@@ -64,6 +55,7 @@ class FakeDecoder:
 
     clock: FakeClock
     scale: int
+    batch_invariant = True
     calls: int = 0
 
     def run(self, tensors: Tensors) -> list[Any]:
@@ -77,6 +69,8 @@ class FakeDecoder:
 
 class FakeText:
     """Embeds every prompt as zeros, and counts."""
+
+    batch_invariant = True
 
     def __init__(self) -> None:
         self.calls = 0

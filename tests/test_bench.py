@@ -13,7 +13,7 @@ from fewstep import app
     ("arguments", "told"),
     [
         (["nfe", "--runs", "3"], {"law", "stages", "samples"}),
-        (["determinism", "--trials", "16"], {"trials", "failures", "control_caught"}),
+        (["determinism", "--trials", "16"], {"trials", "failures", "control_caught", "strict_failures", "strict_cost"}),
         (["scheduler", "--rounds", "1", "--seconds", "0.1"], {"overhead", "share_of_best_static", "one_nfe_p99_ratio"}),
     ],
 )
@@ -31,7 +31,7 @@ def test_a_student_that_varies_with_the_batch_fails_the_determinism_benchmark(
     from benchmarks import determinism
 
     opened = determinism.open_engine
-    monkeypatch.setattr(determinism, "open_engine", lambda *arguments: determinism.control_of(opened(*arguments)))
+    monkeypatch.setattr(determinism, "open_engine", lambda *arguments: determinism.control_of(opened(*arguments), "fast"))
     result = CliRunner().invoke(app, ["bench", "determinism", "--trials", "32", "--model-repository", str(bundled_repository)])
     assert result.exit_code == 1
     assert json.loads(result.stdout.splitlines()[-1])["failures"] > 0

@@ -26,6 +26,8 @@ def request(**changes: Any) -> Request:
 class CountingSession:
     """Passes calls on and keeps what it was given."""
 
+    batch_invariant = True
+
     def __init__(self, session: Any) -> None:
         self.session, self.calls = session, []
 

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.engine.device import FreeDevice
 from server.engine.engine import Engine, Request, Result
 from server.engine.errors import Cancelled, DeadlineExceeded, EngineError, InvalidRequest, NumericalError, ShuttingDown
 from server.engine.metrics import MemoryMetrics
 from server.engine.scheduler import Scheduler
-from tests.fakes import NAN_SEED, RAISING_SEED, FakeClock, FakeEngine, FreeDevice, Recorder, fake_engine
+from tests.fakes import NAN_SEED, RAISING_SEED, FakeClock, FakeEngine, Recorder, fake_engine
 from tests.tiny_student import build_tiny_student
 
 
@@ -28,7 +29,7 @@ class Stage:
     def __init__(self, tiny: Path, max_batch: int = 4, fixed_batch: int | None = None) -> None:
         self.clock, self.metrics = FakeClock(), MemoryMetrics()
         self.engine: FakeEngine = fake_engine(tiny, self.clock, max_batch, fixed_batch)
-        self.scheduler = Scheduler(self.engine, FreeDevice(), self.metrics, self.clock)  # type: ignore[arg-type]
+        self.scheduler = Scheduler(self.engine, FreeDevice(), self.metrics, self.clock)
         self.steps = self.engine.sessions["student_step"]
         self.decoder = self.engine.sessions["vae_decoder"]
 
@@ -317,7 +318,7 @@ def test_the_loop_survives_a_tick_that_raises(tiny: Path, monkeypatch: pytest.Mo
 def test_many_threads_submit_and_none_is_lost_or_doubled(tiny_repository: Path) -> None:
     engine = Engine.open(tiny_repository / "tiny")
     expected = {seed: engine.run(Request("a", seed, 0, 1 + seed % 4, "64x64")).image for seed in range(32)}
-    scheduler = Scheduler(Engine.open(tiny_repository / "tiny"), FreeDevice())  # type: ignore[arg-type]
+    scheduler = Scheduler(Engine.open(tiny_repository / "tiny"), FreeDevice())
     loop = scheduler.start()
     sinks = {seed: Recorder() for seed in range(32)}
 

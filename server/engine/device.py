@@ -17,9 +17,10 @@ import re
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from pathlib import Path
+from typing import Protocol
 
 from server.engine.errors import StudentError
 
@@ -31,6 +32,21 @@ class Priority(Enum):
 
     HIGH = "high"
     LOW = "low"
+
+
+class Device(Protocol):
+    """What a scheduler asks for before each piece of work."""
+
+    def held(self) -> AbstractContextManager[None]:
+        """Waits for the device and holds it."""
+        ...
+
+
+class FreeDevice:
+    """A device that nobody else wants."""
+
+    def held(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class DeviceLock:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,8 @@ from server.engine.session import OnnxSession, Session
 from server.engine.student import GRAPHS, ExportedStudent, StudentManifest, open_student
 from server.engine.text import Text, TextEncoder, open_tokenizer
 
-DECODE_BATCH = 2  # on CPU more rows bring no throughput, only waiting: see benchmarks/results
+DECODE_BATCH = 2  # a decode is the longest piece of work, and whoever arrives meanwhile waits for it
+Determinism = Literal["strict", "fast"]
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
 
@@ -85,8 +86,7 @@ class Result:
 class Engine:
     """A student ready to run. `prepare` may be called from any thread, everything else by one thread at a time.
 
-    fixed_batch: pads every student_step to this many rows, so that every call has one shape. For runtimes whose bits
-    depend on the batch; the CPU provider's do not.
+    fixed_batch: pads every student_step to this many rows, so that every call has one shape (see batch_policy).
     """
 
     manifest: StudentManifest
@@ -99,20 +99,21 @@ class Engine:
     buffers: dict[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, folder: Path) -> "Engine":
+    def open(cls, folder: Path, determinism: Determinism = "strict") -> "Engine":
         """Opens and verifies the student in `folder`; raises StudentError."""
-        return cls.of(open_student(folder))
+        return cls.of(open_student(folder), determinism)
 
     @classmethod
-    def of(cls, student: ExportedStudent) -> "Engine":
+    def of(cls, student: ExportedStudent, determinism: Determinism = "strict") -> "Engine":
         """Builds the sessions of a verified student; raises StudentError."""
         manifest = student.manifest
         sessions: dict[str, Session] = {graph: OnnxSession(graph, student.files[f"{graph}.onnx"]) for graph in GRAPHS}
         tables = {nfe: np.array(manifest.tables[str(nfe)], np.float32) for nfe in manifest.nfe}
         tokenizer = open_tokenizer(student.files["tokenizer.json"])
         text_encoder = TextEncoder(tokenizer, sessions["text_encoder"], manifest.text_length)
-        parts = fingerprint_parts(manifest)
-        return cls(manifest, text_encoder, sessions, fingerprint(parts), parts, tables)
+        policy, fixed_batch = batch_policy(list(sessions.values()), determinism, manifest.max_batch)
+        parts = fingerprint_parts(manifest, policy)
+        return cls(manifest, text_encoder, sessions, fingerprint(parts), parts, tables, fixed_batch)
 
     @property
     def max_batch(self) -> int:
@@ -222,3 +223,15 @@ class Engine:
             raise InvalidRequest(f"image_index must be 0 to {2**32 - 1}, got {request.image_index}", "image_index")
         if any(not 0 < step < request.nfe for step in request.previews):
             raise InvalidRequest(f"previews must be after NFE 1 to {request.nfe - 1}, got {request.previews}", "previews")
+
+
+def batch_policy(sessions: Sequence[Session], determinism: Determinism, max_batch: int) -> tuple[str, int | None]:
+    """How batches are formed: a name for the fingerprint, and the number of rows every step is padded to, if any.
+
+    Sessions whose rows have the same bits in every batch are batched freely. Of others, strict makes every call of one
+    shape, which costs a full batch per NFE whoever is there; fast pads nothing, and then a request has the same bits only
+    when it has its NFEs alone.
+    """
+    if all(session.batch_invariant for session in sessions):
+        return "any", None
+    return (f"fixed {max_batch}", max_batch) if determinism == "strict" else ("fast", None)

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import tokenizers
 
 from server.engine.noise import RNG_VERSION
-from server.engine.session import BATCH_POLICY, OPTIMISATION_LEVEL, PROVIDER, THREADS
+from server.engine.session import OPTIMISATION_LEVEL, PROVIDER, THREADS
 from server.engine.student import StudentManifest
 
 # onnxruntime chooses its kernels by these, and kernels differ in the last bits.
@@ -22,7 +22,7 @@ def fingerprint(parts: dict[str, str]) -> str:
     return "fp_" + digest(parts)[:32]
 
 
-def fingerprint_parts(manifest: StudentManifest) -> dict[str, str]:
+def fingerprint_parts(manifest: StudentManifest, batch_policy: str) -> dict[str, str]:
     """Everything that decides the pixels, by name, so that two fingerprints can be compared by a person."""
     settings = {"sizes": manifest.sizes, "text_length": manifest.text_length, "init_noise_sigma": manifest.init_noise_sigma}
     return {
@@ -34,7 +34,7 @@ def fingerprint_parts(manifest: StudentManifest) -> dict[str, str]:
         "onnxruntime": ort.__version__,
         "optimisation_level": OPTIMISATION_LEVEL,
         "threads": str(THREADS),
-        "batch_policy": BATCH_POLICY,
+        "batch_policy": batch_policy,
         "rng": RNG_VERSION,
         "tokenizers": tokenizers.__version__,
         "device": device_class(),

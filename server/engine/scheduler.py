@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from server.engine.device import DeviceLock
+from server.engine.device import Device
 from server.engine.engine import Engine, Floats, Pixels, Progress, Request, Result, Span
 from server.engine.errors import Cancelled, DeadlineExceeded, EngineError, ShuttingDown
 from server.engine.metrics import MemoryMetrics, Metrics
@@ -66,7 +66,7 @@ class Scheduler:
     """Runs one student on one device. `submit` from any thread; `run` (or `tick`) from one."""
 
     def __init__(
-        self, engine: Engine, lock: DeviceLock, metrics: Metrics | None = None, clock: Callable[[], float] = time.monotonic
+        self, engine: Engine, lock: Device, metrics: Metrics | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.engine, self.lock, self.clock = engine, lock, clock
         self.metrics = metrics or MemoryMetrics()

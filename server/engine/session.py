@@ -15,8 +15,6 @@ Tensors = dict[str, npt.NDArray[Any]]
 OPTIMISATION_LEVEL = "all"
 PROVIDER = "CPUExecutionProvider"
 DEVICE = "cpu"
-# On this provider a row has the same bits in every batch and slot, so batches are formed freely; tests hold it to that.
-BATCH_POLICY = "any"
 THREADS = 1
 LOG_FATAL_ONLY = 4  # every error is raised as well, and one line is enough
 
@@ -34,7 +32,12 @@ OUTPUTS = {"text_encoder": ("text_emb",), "student_step": ("next_latents", "x0")
 
 
 class Session(Protocol):
-    """Runs one graph: arrays by name in, arrays in the order of OUTPUTS out."""
+    """Runs one graph: arrays by name in, arrays in the order of OUTPUTS out.
+
+    batch_invariant: whether a row has the same bits in every batch and slot.
+    """
+
+    batch_invariant: bool
 
     def run(self, tensors: Tensors) -> list[npt.NDArray[Any]]:
         """One call; the first dimension of every array is the batch."""
@@ -42,7 +45,9 @@ class Session(Protocol):
 
 
 class OnnxSession:
-    """A graph on onnxruntime's CPU provider, one thread: the same row has the same bits in every batch."""
+    """A graph on onnxruntime's CPU provider, one thread."""
+
+    batch_invariant = True  # tests and `fewstep bench determinism` hold it to that
 
     def __init__(self, graph: str, contents: bytes) -> None:
         """Raises StudentError when `contents` reaches for other files, is refused, or has other tensors than expected."""

@@ -4,6 +4,7 @@ Only this file and triton_metrics.py import triton_python_backend_utils, which e
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import triton_python_backend_utils as pb
 
 from server.engine.device import DeviceLock, Priority
-from server.engine.engine import Engine, Pixels, Request, Result
+from server.engine.engine import Determinism, Engine, Pixels, Request, Result
 from server.engine.errors import Cancelled, EngineError, StudentError, to_wire
 from server.engine.scheduler import Scheduler
 from server.engine.session import DEVICE
@@ -24,7 +25,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Opens the student; an exception here makes Triton report the model as failed, with its message."""
         version = Path(args["model_repository"]) / args["model_version"]  # "repository" is the model's folder
-        engine = Engine.open(version.parent)
+        engine = Engine.open(version.parent, determinism())
         check_config(json.loads(args["model_config"]), engine.manifest.digest())
         self.metrics = TritonMetrics(engine.manifest.name)
         self.scheduler = Scheduler(engine, DeviceLock(DEVICE, Priority.HIGH), self.metrics)
@@ -88,6 +89,14 @@ def read_request(request: Any) -> tuple[Request, float | None]:
     )
     timeout = int(values["timeout_ms"])
     return asked, timeout / 1000 if timeout else None
+
+
+def determinism() -> Determinism:
+    """From $FEWSTEP_DETERMINISM, which the gateway sets; strict without it. Raises StudentError."""
+    told = os.environ.get("FEWSTEP_DETERMINISM", "strict")
+    if told not in ("strict", "fast"):
+        raise StudentError(f"$FEWSTEP_DETERMINISM must be strict or fast, got {told!r:.40}")
+    return "strict" if told == "strict" else "fast"
 
 
 def image_response(image: Pixels, report: dict[str, Any]) -> Any:

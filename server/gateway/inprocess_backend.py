@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from server.engine.device import DeviceLock, Priority
-from server.engine.engine import Engine, Pixels, Request, Result
+from server.engine.engine import Determinism, Engine, Pixels, Request, Result
 from server.engine.errors import EngineError, StudentError
 from server.engine.metrics import MemoryMetrics
 from server.engine.scheduler import Scheduler
@@ -21,8 +21,8 @@ from server.gateway.backend import BackendFailed, BackendFault, BackendImage, Im
 class InProcessBackend:
     """One scheduler and one thread per student, without process isolation."""
 
-    def __init__(self, repository: Path) -> None:
-        self.repository = repository
+    def __init__(self, repository: Path, determinism: Determinism = "strict") -> None:
+        self.repository, self.determinism = repository, determinism
         self.students: dict[str, StudentCard] = {}
         self.schedulers: dict[str, Scheduler] = {}
         self.metrics: dict[str, MemoryMetrics] = {}
@@ -32,7 +32,7 @@ class InProcessBackend:
         """Opens every student and lets it make an image. Raises BackendFailed."""
         try:
             for name, folder in student_folders(self.repository).items():
-                engine = await asyncio.to_thread(Engine.open, folder)
+                engine = await asyncio.to_thread(Engine.open, folder, self.determinism)
                 self.metrics[name] = MemoryMetrics()
                 self.schedulers[name] = Scheduler(engine, DeviceLock(DEVICE, Priority.HIGH), self.metrics[name])
                 self.threads.append(self.schedulers[name].start())

@@ -29,13 +29,13 @@ def open_backend(settings: Settings) -> Backend:
     if settings.backend == "inprocess":
         from server.gateway.inprocess_backend import InProcessBackend
 
-        return InProcessBackend(settings.model_repository)
+        return InProcessBackend(settings.model_repository, settings.determinism)
     from server.gateway.tritonserver import find_triton
 
     find_triton()  # first, since without the wheel there is no client to import either
     from server.gateway.triton_backend import TritonBackend
 
-    return TritonBackend(settings.model_repository)
+    return TritonBackend(settings.model_repository, settings.determinism)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -55,6 +55,10 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     backend: BackendName = Field("triton", description="what runs students: triton, or inprocess where there is no Triton")
     model_repository: Path = Field(REPOSITORY, description="folder of exported students")
+    determinism: Literal["strict", "fast"] = Field(
+        "strict",
+        description="where bits depend on the batch (not on CPUs): strict pads every batch to one shape, fast does not",
+    )
     keys_file: Path | None = Field(None, description="file of API keys (see `fewstep keys`); with it, requests need a key")
     allow_no_keys: bool = Field(False, description="listen off loopback without keys: anyone who reaches the port may draw")
     key_share: float = Field(0.5, gt=0, le=1, description="share of max_queue_seconds that one key may hold, 0 to 1")

@@ -37,8 +37,8 @@ STARTING = "the image backend is starting; send the request again"
 class TritonBackend:
     """Owns the tritonserver process, its client and the task that watches both."""
 
-    def __init__(self, repository: Path) -> None:
-        self.repository = repository
+    def __init__(self, repository: Path, determinism: str = "strict") -> None:
+        self.repository, self.determinism = repository, determinism
         self.students: dict[str, StudentCard] = {}
         self.server: TritonServer | None = None
         self.client: TritonClient | None = None
@@ -62,7 +62,7 @@ class TritonBackend:
 
     async def start_server(self) -> None:
         """One run of tritonserver up to its warm-up images. Raises BackendFailed, leaving no process behind."""
-        self.server = TritonServer(self.installation, self.repository, self.names)
+        self.server = TritonServer(self.installation, self.repository, self.names, self.determinism)
         client = TritonClient(self.server.port)
         try:
             async with asyncio.timeout(START_SECONDS):

@@ -60,8 +60,8 @@ def find_triton() -> Installation:
 class TritonServer:
     """One run of tritonserver with its own port, log and backend folder."""
 
-    def __init__(self, installation: Installation, repository: Path, students: list[str]) -> None:
-        """Starts the process; it is not ready yet."""
+    def __init__(self, installation: Installation, repository: Path, students: list[str], determinism: str = "strict") -> None:
+        """Starts the process; it is not ready yet. determinism: strict or fast, for the students' engines."""
         self.folder = tempfile.TemporaryDirectory(prefix="fewstep-triton-")
         folder = Path(self.folder.name)
         self.log = folder / "log"
@@ -75,7 +75,7 @@ class TritonServer:
             self.process = subprocess.Popen(
                 command,
                 cwd=PROJECT,
-                env=environment(installation),
+                env=environment(installation) | {"FEWSTEP_DETERMINISM": determinism},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
