@@ -36,7 +36,7 @@ BODY = {"prompt": "a red circle", "seed": 7}
 def client(tiny_repository: Path) -> Iterator[TestClient]:
     backend = InProcessBackend(tiny_repository)
     asyncio.run(backend.start())
-    with TestClient(create_app(backend, Settings())) as client:
+    with TestClient(create_app(backend, Settings(result_cache=False))) as client:
         yield client
     asyncio.run(backend.stop())
 
@@ -64,7 +64,7 @@ def test_an_answer_has_the_contract_s_fields_and_nothing_else(client: TestClient
         *("created", "data", "size", "quality", "output_format", "background", "usage", "model"),
         *("num_inference_steps", "fingerprint", "timings"),
     }
-    assert set(answer["data"][0]) == {"b64_json", "seed", "image_index"}
+    assert set(answer["data"][0]) == {"b64_json", "seed", "image_index", "cached"}
     assert set(answer["timings"]) == {"queue", "text_encoder", "steps", "vae_decoder", "image_encode", "total"}
     assert len(answer["timings"]["steps"]) == answer["num_inference_steps"] == 2
     assert answer["usage"]["input_tokens"] == answer["usage"]["input_tokens_details"]["text_tokens"] == 4

@@ -6,7 +6,7 @@ import json
 import time
 from typing import Any
 
-from server.gateway.pipeline import Made
+from server.gateway.made import Made
 from server.gateway.plan import Plan
 from server.gateway.timings import Timings
 
@@ -16,10 +16,20 @@ def headers(plan: Plan, made: list[Made], timings: Timings) -> dict[str, str]:
     return {
         "Server-Timing": timings.header(),
         "ETag": etag(plan),
+        "Cache-Status": cache_status(plan, made),
         "x-seed": str(plan.seed),
         "x-fingerprint": made[0].fingerprint,
         "x-pixel-sha256": ", ".join(image.pixel_sha256 for image in made),
     }
+
+
+def cache_status(plan: Plan, made: list[Made]) -> str:
+    """RFC 9211: a hit only when every image is one; collapsed when equal requests shared the work."""
+    origins = {image.origin for image in made}
+    if origins == {"cached"}:
+        return "fewstep; hit"
+    why = "miss" if plan.reads_cache else "request" if plan.seeded else "bypass"
+    return f"fewstep; fwd={why}" + ("; collapsed" if origins == {"shared"} else "")
 
 
 def etag(plan: Plan) -> str:
@@ -40,6 +50,7 @@ def document(plan: Plan, made: list[Made], timings: Timings) -> dict[str, Any]:
                 "b64_json": base64.b64encode(image.file.content).decode(),
                 "seed": plan.seed,
                 "image_index": image.image_index,
+                "cached": image.origin == "cached",
             }
             for image in made
         ],

@@ -5,9 +5,13 @@ import time
 from fastapi import FastAPI
 
 from server.gateway import routes_images, routes_models
+from server.gateway.admission import Admission
 from server.gateway.backend import Backend
 from server.gateway.boundary import Boundary
 from server.gateway.errors import install_error_handlers
+from server.gateway.pipeline import Pipeline
+from server.gateway.result_files import ResultFiles
+from server.gateway.results import Results
 from server.gateway.settings import Settings
 
 
@@ -16,9 +20,21 @@ def create_app(backend: Backend, settings: Settings) -> FastAPI:
     app = FastAPI(title="fewstep", description="Few-step diffusion students over OpenAI's image API.", redirect_slashes=False)
     app.state.backend = backend
     app.state.settings = settings
+    app.state.pipeline = open_pipeline(backend, settings)
     app.state.created = int(time.time())
     install_error_handlers(app)
     app.include_router(routes_images.router)
     app.include_router(routes_models.router)
     app.add_middleware(Boundary, max_body_bytes=settings.max_body_bytes)
     return app
+
+
+def open_pipeline(backend: Backend, settings: Settings) -> Pipeline:
+    """What makes images, as the settings want it. Raises OSError when the folder of results cannot be made."""
+    admission = Admission(settings.max_queue_seconds, settings.key_share if settings.keys_file else 1.0)
+    if not settings.result_cache:
+        return Pipeline(backend, admission, None)
+    files = None
+    if settings.result_cache_folder and settings.result_cache_disk_mb:
+        files = ResultFiles(settings.result_cache_folder, settings.result_cache_disk_mb * 10**6)
+    return Pipeline(backend, admission, Results(settings.result_cache_mb * 10**6, files))

@@ -1,46 +1,85 @@
-"""One image of a plan: run by the backend, encoded and described, ready to be sent."""
+"""The images of a plan: from the cache, shared with an equal request in flight, or made by the backend and encoded."""
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
+from server.gateway.admission import Admission
 from server.gateway.backend import Backend, BackendImage, OnPreview
+from server.gateway.made import Made
 from server.gateway.media import THREADS, Encoded, encode_now
 from server.gateway.plan import Plan
+from server.gateway.results import Results
 from server.metadata import Metadata, pixel_sha256
 
-
-@dataclass(frozen=True)
-class Made:
-    """One finished image. nanoseconds by stage as the engine ran them; round_trip is the whole call to the backend."""
-
-    image_index: int
-    file: Encoded
-    pixel_sha256: str
-    tokens: int
-    fingerprint: str
-    nanoseconds: dict[str, int]
-    round_trip: int
+Make = Callable[[int, OnPreview | None], Awaitable[Made]]
 
 
-async def make_image(backend: Backend, plan: Plan, image_index: int, on_preview: OnPreview | None = None) -> Made:
-    """Cancelling it stops the work within one NFE. Raises an EngineError or a BackendError."""
-    image = await backend.generate(plan.image(image_index), on_preview)
-    return await asyncio.get_running_loop().run_in_executor(THREADS, finish, plan, image_index, image)
+class Pipeline:
+    """Makes images for every route. results None: nothing is kept and nothing is shared."""
+
+    def __init__(self, backend: Backend, admission: Admission, results: Results | None) -> None:
+        self.backend, self.admission, self.results = backend, admission, results
+
+    async def make_all(self, plan: Plan, who: str) -> list[Made]:
+        """All images at once; the first failure cancels the others. who: whose share of the queue it takes."""
+        async with self.admitted(plan, who) as make:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(waited(make(index, None))) for index in plan.image_indices]
+            except* Exception as failures:
+                raise failures.exceptions[0] from None
+            return [task.result() for task in tasks]
+
+    @asynccontextmanager
+    async def admitted(self, plan: Plan, who: str) -> AsyncIterator[Make]:
+        """Room in the queue for what a plan needs beyond what is known or under way already; gives what makes one image of it.
+        Raises ApiError 429 or 503."""
+        known = await self.known(plan)
+        new = [index for index in plan.image_indices if index not in known and not self.in_flight(plan, index)]
+
+        async def make(image_index: int, on_preview: OnPreview | None) -> Made:
+            return known.get(image_index) or await self.make(plan, image_index, on_preview)
+
+        with self.admission.admitted(who, plan, len(new)):
+            yield make
+
+    async def known(self, plan: Plan) -> dict[int, Made]:
+        """The images that need not be made, by image index."""
+        if self.results is None or not plan.reads_cache:
+            return {}
+        found = {index: await self.results.find(plan.key(index), index) for index in plan.image_indices}
+        return {index: made for index, made in found.items() if made}
+
+    def in_flight(self, plan: Plan, image_index: int) -> bool:
+        return self.results is not None and plan.shares and plan.key(image_index) in self.results.flights
+
+    async def make(self, plan: Plan, image_index: int, on_preview: OnPreview | None = None) -> Made:
+        """One image that is not known. Cancelling it stops the work within one NFE, unless somebody else waits for it too."""
+        if self.results is None:
+            return await self.execute(plan, image_index, on_preview)
+        if not plan.shares:
+            return await self.execute(plan, image_index, on_preview)
+        return await self.results.share(plan.key(image_index), plan.deadline, lambda: self.execute(plan, image_index, None))
+
+    async def execute(self, plan: Plan, image_index: int, on_preview: OnPreview | None) -> Made:
+        """By the backend. Raises an EngineError or a BackendError."""
+        image = await self.backend.generate(plan.image(image_index), on_preview)
+        self.admission.learn(plan, image)
+        made = await asyncio.get_running_loop().run_in_executor(THREADS, finish, plan, image_index, image)
+        if self.results and plan.writes_cache:
+            self.results.keep(plan.key(image_index), made)
+        return made
 
 
-async def make_images(backend: Backend, plan: Plan) -> list[Made]:
-    """All images at once; the first failure cancels the others."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(make_image(backend, plan, index)) for index in plan.image_indices]
-    except* Exception as failures:
-        raise failures.exceptions[0] from None
-    return [task.result() for task in tasks]
+async def waited(work: Awaitable[Made]) -> Made:
+    """A coroutine, as tasks want it."""
+    return await work
 
 
 def finish(plan: Plan, image_index: int, image: BackendImage) -> Made:
-    """Hashes, describes and encodes; takes its milliseconds from image_encode."""
+    """Hashes, describes and encodes; what that takes is image_encode."""
     begin = time.perf_counter_ns()
     digest = pixel_sha256(image.image)
     said = Metadata(

@@ -1,6 +1,9 @@
 """What was asked -> what will be run: every default filled in, every unsupported value refused by name."""
 
+import hashlib
+import json
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,14 +13,14 @@ from server.gateway.schemas import NFE_BY_QUALITY, Format, ImageGeneration
 
 RAW_FORMATS: dict[str, Format] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 TIMEOUT_HEADER = "x-request-timeout-ms"
-LONGEST_TIMEOUT_MS = 60_000  # as long as the backend is waited for
 QUALITY_BY_NFE = {nfe: quality for quality, nfe in NFE_BY_QUALITY.items()}
 
 
 @dataclass(frozen=True)
 class Plan:
     """A request that can be run as it stands. raw: the answer is the bytes of the image; previews: after which NFEs of a
-    stream a partial image is sent; timeout_ms: None for as long as the server allows."""
+    stream a partial image is sent; deadline: on the clock of time.monotonic; seeded: the caller named the seed;
+    cache_control: the directives of the request's Cache-Control."""
 
     student: StudentCard
     prompt: str
@@ -31,7 +34,9 @@ class Plan:
     raw: bool
     stream: bool
     previews: tuple[int, ...]
-    timeout_ms: int | None
+    deadline: float
+    seeded: bool
+    cache_control: frozenset[str]
 
     @property
     def quality(self) -> str:
@@ -39,12 +44,35 @@ class Plan:
 
     def image(self, image_index: int) -> ImageRequest:
         """What the backend is asked for one image."""
-        student, size = self.student.name, self.size
-        return ImageRequest(student, self.prompt, self.seed, image_index, self.nfe, size, self.previews, self.timeout_ms)
+        student, size, left = self.student.name, self.size, max(round((self.deadline - time.monotonic()) * 1000), 1)
+        return ImageRequest(student, self.prompt, self.seed, image_index, self.nfe, size, self.previews, left)
+
+    def key(self, image_index: int) -> str:
+        """Of all that decides the file of an image: a sha256, so that it tells nobody the prompt."""
+        decides = [self.student.name, self.student.fingerprint, self.prompt, self.seed, image_index, self.nfe, self.size]
+        decides += [self.format, self.compression, self.embed_prompt]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+    @property
+    def reads_cache(self) -> bool:
+        """Whether a kept image will do. Who draws a seed wants a new one."""
+        return self.seeded and not self.cache_control & {"no-cache", "no-store"}
+
+    @property
+    def shares(self) -> bool:
+        """Whether the image of an equal request in flight will do; that one has no partial images for us."""
+        return self.reads_cache and not self.previews
+
+    @property
+    def writes_cache(self) -> bool:
+        """Whether the image may be kept for others."""
+        return self.seeded and "no-store" not in self.cache_control
 
 
-def make_plan(asked: ImageGeneration, headers: Mapping[str, str], students: dict[str, StudentCard]) -> Plan:
-    """Raises ApiError 400, or 404 for an unknown model."""
+def make_plan(
+    asked: ImageGeneration, headers: Mapping[str, str], students: dict[str, StudentCard], longest_timeout_ms: int
+) -> Plan:
+    """headers: by lower-case name. Raises ApiError 400, or 404 for an unknown model."""
     refuse_unsupported(asked)
     student = find_student(asked.model, students)
     raw_format = wanted_raw(headers.get("accept", ""))
@@ -67,7 +95,9 @@ def make_plan(asked: ImageGeneration, headers: Mapping[str, str], students: dict
         raw=raw_format is not None,
         stream=legal_stream(asked, raw_format),
         previews=spread(asked.partial_images or 0, nfe),
-        timeout_ms=legal_timeout(headers.get(TIMEOUT_HEADER)),
+        deadline=time.monotonic() + legal_timeout(headers.get(TIMEOUT_HEADER), longest_timeout_ms) / 1000,
+        seeded=asked.seed is not None,
+        cache_control=frozenset(part.strip().lower() for part in headers.get("cache-control", "").split(",")),
     )
 
 
@@ -147,13 +177,13 @@ def spread(partial_images: int, nfe: int) -> tuple[int, ...]:
     return tuple(round(index * nfe / (count + 1)) for index in range(1, count + 1))
 
 
-def legal_timeout(given: str | None) -> int | None:
+def legal_timeout(given: str | None, longest_ms: int) -> int:
     """Milliseconds from the header, capped by the server. Raises ApiError 400."""
     if given is None:
-        return None
+        return longest_ms
     if not (given.isascii() and given.isdecimal() and len(given) < 16 and int(given) > 0):
         raise invalid(f"X-Request-Timeout-Ms must be a whole number of milliseconds from 1, got {show(given)}", TIMEOUT_HEADER)
-    return min(int(given), LONGEST_TIMEOUT_MS)
+    return min(int(given), longest_ms)
 
 
 def wanted_raw(accept: str) -> Format | None:

@@ -1,16 +1,14 @@
 """POST /v1/images/generations: plan, make, answer with JSON, the bytes of the image, or a stream."""
 
 import time
-from functools import partial
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from server.gateway import answers, streaming
-from server.gateway.backend import Backend
 from server.gateway.body import read_json
 from server.gateway.disconnect import unless_gone
-from server.gateway.pipeline import make_image, make_images
+from server.gateway.pipeline import Pipeline
 from server.gateway.plan import Plan, make_plan
 from server.gateway.schemas import ImageGeneration, request_body
 from server.gateway.timings import measure
@@ -24,13 +22,14 @@ async def generate_images(request: Request) -> Response:
     `stream: true` with server-sent events."""
     begin = time.perf_counter_ns()
     asked = await read_json(request, ImageGeneration)
-    backend: Backend = request.app.state.backend
-    plan = make_plan(asked, request.headers, backend.students)
+    pipeline: Pipeline = request.app.state.pipeline
+    longest = request.app.state.settings.request_timeout_ms
+    plan = make_plan(asked, request.headers, pipeline.backend.students, longest)
     if asked.seed is not None and answers.etag(plan) in known_tags(request):
         return Response(status_code=304, headers={"ETag": answers.etag(plan), "x-seed": str(plan.seed)})
     if plan.stream:
-        return await stream(request, backend, plan, begin)
-    made = await unless_gone(request, make_images(backend, plan))
+        return await stream(request, pipeline, plan, begin)
+    made = await unless_gone(request, pipeline.make_all(plan, caller(request)))
     timings = measure(made, time.perf_counter_ns() - begin)
     headers = answers.headers(plan, made, timings)
     if plan.raw:
@@ -38,12 +37,17 @@ async def generate_images(request: Request) -> Response:
     return JSONResponse(answers.document(plan, made, timings), headers=headers)
 
 
-async def stream(request: Request, backend: Backend, plan: Plan, begin: int) -> Response:
+async def stream(request: Request, pipeline: Pipeline, plan: Plan, begin: int) -> Response:
     """Waits for the first event, so that what fails before it is answered with a status of its own."""
-    happening = streaming.events(plan, partial(make_image, backend, plan), begin)
+    happening = streaming.events(pipeline, plan, caller(request), begin)
     first = await unless_gone(request, anext(happening))
     headers = streaming.HEADERS | {"x-seed": str(plan.seed), "x-fingerprint": plan.student.fingerprint}
     return StreamingResponse(streaming.with_errors(first, happening), media_type="text/event-stream", headers=headers)
+
+
+def caller(request: Request) -> str:
+    """Whose share of the queue a request takes: its key's prefix."""
+    return str(request.scope.get("fewstep_key", "anonymous"))
 
 
 def known_tags(request: Request) -> set[str]:

@@ -4,7 +4,8 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from server.gateway.answers import usage
-from server.gateway.backend import OnPreview
 from server.gateway.errors import to_api_error
+from server.gateway.made import Made
 from server.gateway.media import encode
-from server.gateway.pipeline import Made
+from server.gateway.pipeline import Make, Pipeline
 from server.gateway.plan import Plan
 from server.gateway.timings import measure
 
@@ -32,29 +33,31 @@ class Preview:
 
 
 Heard = Preview | Made | Exception
-Make = Callable[[int, OnPreview], Awaitable[Made]]
 
 
-async def events(plan: Plan, make: Make, begin: int) -> AsyncIterator[bytes]:
-    """Every event of a plan as it happens, images of one request side by side; `make` makes one of them.
+async def events(pipeline: Pipeline, plan: Plan, who: str, begin: int) -> AsyncIterator[bytes]:
+    """Every event of a plan as it happens, images of one request side by side.
 
-    begin: when the request came, on the clock of time.perf_counter_ns. Raises what the first image to fail raised. Closing
-    the iterator cancels the images under way.
+    who: whose share of the queue it takes; begin: when the request came, on the clock of time.perf_counter_ns. Raises what
+    the first image to fail raised. Closing the iterator cancels the images under way.
     """
+    async with pipeline.admitted(plan, who) as make, aclosing(hear(plan, make)) as items:
+        async for item in items:
+            yield completed(plan, item, begin) if isinstance(item, Made) else await partial_image(plan, item)
+
+
+async def hear(plan: Plan, make: Make) -> AsyncGenerator[Preview | Made, None]:
+    """What is ready, in the order in which it becomes so."""
     heard: asyncio.Queue[Heard] = asyncio.Queue()
     tasks = [asyncio.create_task(report(make, index, heard)) for index in plan.image_indices]
-    waiting, sent = len(tasks), dict.fromkeys(plan.image_indices, 0)
+    waiting = len(tasks)
     try:
         while waiting:
             item = await heard.get()
             if isinstance(item, Exception):
                 raise item
-            if isinstance(item, Made):
-                waiting -= 1
-                yield completed(plan, item, begin)
-            else:
-                yield await partial_image(plan, item, sent[item.image_index])
-                sent[item.image_index] += 1
+            waiting -= isinstance(item, Made)
+            yield item
     finally:
         for task in tasks:
             task.cancel()
@@ -83,8 +86,9 @@ async def with_errors(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator
         yield frame("error", to_api_error(error).envelope())
 
 
-async def partial_image(plan: Plan, preview: Preview, index: int) -> bytes:
+async def partial_image(plan: Plan, preview: Preview) -> bytes:
     """A real intermediate, in the format of the final image."""
+    index = plan.previews.index(preview.step)
     file = await encode(preview.image, plan.format, plan.compression)
     more = {"partial_image_index": index, "step": preview.step, "image_index": preview.image_index}
     return frame("image_generation.partial_image", common(plan, file.content) | more)
@@ -100,6 +104,7 @@ def completed(plan: Plan, made: Made, begin: int) -> bytes:
         "num_inference_steps": plan.nfe,
         "fingerprint": made.fingerprint,
         "pixel_sha256": made.pixel_sha256,
+        "cached": made.origin == "cached",
         "timings": measure([made], time.perf_counter_ns() - begin).document(),
     }
     return frame("image_generation.completed", document)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from server.gateway.pipeline import Made
+from server.gateway.made import Made
 
 MILLION = 1e6
 
@@ -33,10 +33,11 @@ class Timings:
 
 
 def measure(made: list[Made], total: int) -> Timings:
-    """Of several images, the stages of the one that was finished last, since it decided the total (nanoseconds)."""
+    """Of several images, the stages of the one that was finished last, since it decided the total (nanoseconds). An image
+    that was not made for this request has no stages."""
     last = max(made, key=lambda image: image.round_trip)
     spent, encoded = last.nanoseconds, last.file.nanoseconds
-    text, decoder = spent["text_encoder"], spent["vae_decoder"]
+    text, decoder = spent.get("text_encoder", 0), spent.get("vae_decoder", 0)
     steps = [spent[name] for name in spent if name.startswith("nfe")]
     queue = total - text - sum(steps) - decoder - encoded
     queue_ms, text_ms, decoder_ms, encode_ms, total_ms = (value / MILLION for value in (queue, text, decoder, encoded, total))

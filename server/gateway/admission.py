@@ -1,0 +1,95 @@
+"""Who may wait: work is predicted from measured times and taken in only while it can be done in time.
+
+The unit is seconds of the device. A student's cost per NFE and per image is learned from what it has run, each row's share
+of its batch; what is admitted and not yet done is the backlog.
+"""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from server.gateway.backend import BackendImage
+from server.gateway.errors import ApiError
+from server.gateway.plan import Plan
+
+LEARNING_RATE = 0.1
+UNKNOWN_SECONDS = 0.02  # of an NFE, and of the rest, before the first image of a size
+
+
+@dataclass
+class Cost:
+    """Seconds of one student at one size: of an NFE, and of all that comes once per image."""
+
+    nfe: float = UNKNOWN_SECONDS
+    image: float = UNKNOWN_SECONDS
+
+
+@dataclass(eq=False)
+class Ticket:
+    """Work of one request. deadline on the clock of time.monotonic."""
+
+    who: str
+    seconds: float
+    deadline: float
+
+
+class Admission:
+    """limit_seconds: predicted work that may wait in all; key_share: the part of it that one key may hold, 0 to 1."""
+
+    def __init__(self, limit_seconds: float, key_share: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit_seconds, self.key_share, self.clock = limit_seconds, key_share, clock
+        self.costs: defaultdict[tuple[str, str], Cost] = defaultdict(Cost)
+        self.tickets: set[Ticket] = set()
+
+    @contextmanager
+    def admitted(self, who: str, plan: Plan, images: int) -> Iterator[None]:
+        """Holds room for so many images of a plan. Raises ApiError 429 or 503 at once when there is none."""
+        if not images:
+            yield
+            return
+        ticket = Ticket(who, self.predict(plan, images), plan.deadline)
+        self.check(ticket)
+        self.tickets.add(ticket)
+        try:
+            yield
+        finally:
+            self.tickets.remove(ticket)
+
+    def predict(self, plan: Plan, images: int) -> float:
+        """Seconds of the device."""
+        cost = self.costs[plan.student.name, plan.size]
+        return images * (plan.nfe * cost.nfe + cost.image)
+
+    def learn(self, plan: Plan, image: BackendImage) -> None:
+        """Moves the costs towards what an image took, its share of each batch."""
+        cost = self.costs[plan.student.name, plan.size]
+        shares = [(span.stage, span.nanoseconds / span.batch / 1e9) for span in image.spans]
+        steps = [seconds for stage, seconds in shares if stage.startswith("nfe")]
+        rest = sum(seconds for stage, seconds in shares if stage in ("vae_decoder", "preview"))
+        cost.nfe += LEARNING_RATE * (sum(steps) / len(steps) - cost.nfe)
+        cost.image += LEARNING_RATE * (rest - cost.image)
+
+    def check(self, ticket: Ticket) -> None:
+        """Work that is alone is always taken in, however long it is. Raises ApiError."""
+        backlog = sum(other.seconds for other in self.tickets)
+        own = sum(other.seconds for other in self.tickets if other.who == ticket.who)
+        share = self.key_share * self.limit_seconds
+        if self.key_share < 1 and own and own + ticket.seconds > share:
+            said = f"this key has {own:.1f} s of work waiting and may have {share:.1f} s"
+            raise refusal(429, said, "queue_share", own + ticket.seconds - share)
+        if backlog and backlog + ticket.seconds > self.limit_seconds:
+            said = f"the server is full: {backlog:.1f} s of work are waiting"
+            raise refusal(503, said, "overloaded", backlog + ticket.seconds - self.limit_seconds)
+        sooner = sum(other.seconds for other in self.tickets if other.deadline <= ticket.deadline)
+        late = self.clock() + sooner + ticket.seconds - ticket.deadline
+        if sooner and late > 0:
+            raise refusal(503, f"the deadline would be missed by {late * 1000:.0f} ms", "deadline_unreachable", late)
+
+
+def refusal(status: int, message: str, code: str, seconds: float) -> ApiError:
+    """seconds: after so long there is room again, should nothing else come."""
+    headers = {"Retry-After": str(math.ceil(seconds)), "retry-after-ms": str(math.ceil(seconds * 1000))}
+    return ApiError(status, f"{message}; try again in {seconds:.1f} s", code=code, headers=headers)

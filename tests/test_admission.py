@@ -1,0 +1,118 @@
+"""Work is taken in while it can be done in time, refused at once with an honest Retry-After, and never leaks."""
+
+import dataclasses
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from server.engine.student import open_student
+from server.engine.triton_config import student_parameters
+from server.gateway.admission import Admission, Cost
+from server.gateway.backend import BackendImage, Span, StudentCard
+from server.gateway.errors import ApiError
+from server.gateway.plan import Plan, make_plan
+from server.gateway.schemas import ImageGeneration
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def card(tiny_repository: Path) -> StudentCard:
+    return StudentCard.parse(student_parameters(open_student(tiny_repository / "tiny").manifest))
+
+
+@pytest.fixture
+def plan(card: StudentCard) -> Plan:
+    """4 NFE: one second of work in `office`, due in a minute."""
+    made = make_plan(ImageGeneration(prompt="a", seed=1), {}, {"tiny": card}, 60_000)
+    return dataclasses.replace(made, deadline=Clock.now + 60)
+
+
+def office(limit: float = 10.0, share: float = 1.0) -> Admission:
+    admission = Admission(limit, share, Clock())
+    admission.costs["tiny", "64x64"] = Cost(nfe=0.2, image=0.2)
+    return admission
+
+
+def refused(admission: Admission, plan: Plan, who: str = "a", images: int = 1) -> ApiError:
+    with pytest.raises(ApiError) as caught, admission.admitted(who, plan, images):
+        pass
+    return caught.value
+
+
+def test_exactly_full_plus_one_is_one_refusal(plan: Plan) -> None:
+    admission = office(limit=10)
+    with ExitStack() as stack:
+        for _ in range(10):
+            stack.enter_context(admission.admitted("a", plan, 1))
+        error = refused(admission, plan)
+        assert (error.status, error.code) == (503, "overloaded")
+    assert not admission.tickets
+
+
+def test_retry_after_is_when_there_is_room_again(plan: Plan) -> None:
+    admission = office(limit=10)
+    with admission.admitted("a", plan, 8):
+        headers = refused(admission, plan, images=5).headers
+    assert headers == {"Retry-After": "3", "retry-after-ms": "3000"}
+
+
+def test_a_key_that_has_its_share_is_told_so_and_others_are_not_affected(plan: Plan) -> None:
+    admission = office(limit=10, share=0.5)
+    with admission.admitted("flood", plan, 5):
+        assert refused(admission, plan, "flood").status == 429
+        with admission.admitted("other", plan, 5):
+            assert refused(admission, plan, "third").status == 503
+
+
+def test_work_that_is_alone_is_taken_in_however_long_it_is(plan: Plan) -> None:
+    admission = office(limit=1, share=0.5)
+    with admission.admitted("a", plan, 10):
+        assert admission.tickets
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_on_arrival(plan: Plan) -> None:
+    admission = office(limit=100)
+    urgent = dataclasses.replace(plan, deadline=Clock.now + 5)
+    with admission.admitted("a", urgent, 5):
+        error = refused(admission, urgent)
+        assert (error.status, error.code, error.headers) == (
+            *(503, "deadline_unreachable", {"Retry-After": "1", "retry-after-ms": "1000"}),
+        )
+
+
+def test_the_urgent_overtake_so_later_deadlines_do_not_count_against_them(plan: Plan) -> None:
+    admission = office(limit=100)
+    urgent = dataclasses.replace(plan, deadline=Clock.now + 5)
+    with admission.admitted("a", plan, 30), admission.admitted("a", urgent, 1):
+        assert len(admission.tickets) == 2
+
+
+def test_what_is_known_already_needs_no_room(plan: Plan) -> None:
+    admission = office(limit=1)
+    with admission.admitted("a", plan, 1), admission.admitted("a", plan, 0):
+        assert len(admission.tickets) == 1
+
+
+def test_room_is_given_back_whatever_happens(plan: Plan) -> None:
+    admission = office()
+    with pytest.raises(RuntimeError), admission.admitted("a", plan, 1):
+        raise RuntimeError
+    assert not admission.tickets
+
+
+def test_costs_are_learned_as_each_row_s_share_of_its_batch(plan: Plan) -> None:
+    admission = office()
+    spans = (*(Span(f"nfe{step}", 0, 400_000_000, 4) for step in range(1, 5)), Span("vae_decoder", 0, 600_000_000, 2))
+    image: Any = BackendImage(np.zeros((64, 64, 3), np.uint8), spans, 4, "fp", {}, 0)
+    for _ in range(100):
+        admission.learn(plan, image)
+    assert admission.predict(plan, 2) == pytest.approx(2 * (4 * 0.1 + 0.3), rel=0.01)
