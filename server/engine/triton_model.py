@@ -4,7 +4,10 @@ Only this file and triton_metrics.py import triton_python_backend_utils, which e
 """
 
 import json
+import logging
 import os
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from server.engine.scheduler import Scheduler
 from server.engine.session import DEVICE
 from server.engine.triton_metrics import TritonMetrics
 
+logger = logging.getLogger("fewstep")
+
 
 class TritonPythonModel:
     """Triton calls initialize once, execute for every batch of requests, finalize at the end."""
@@ -30,11 +35,14 @@ class TritonPythonModel:
         self.metrics = TritonMetrics(engine.manifest.name)
         self.scheduler = Scheduler(engine, DeviceLock(DEVICE, Priority.HIGH), self.metrics)
         self.thread = self.scheduler.start()
+        # Calls into Triton's process take tenths of a millisecond, in which the device would wait.
+        self.sending = ThreadPoolExecutor(1, "send")
+        self.polling = ThreadPoolExecutor(1, "poll")
 
     def execute(self, requests: list[Any]) -> None:
         """Hands every request to the scheduler; an exception here would fail its neighbours too, so none leaves."""
         for request in requests:
-            sink = TritonSink(request.get_response_sender())
+            sink = TritonSink(request.get_response_sender(), self.sending, self.polling)
             try:
                 asked, seconds = read_request(request)
                 self.scheduler.submit(asked, sink, seconds)
@@ -47,33 +55,57 @@ class TritonPythonModel:
         """Answers what is under way before Triton unloads the student."""
         self.scheduler.close()
         self.thread.join()
+        self.sending.shutdown()
+        self.polling.shutdown()
         self.metrics.close()
 
 
 class TritonSink:
-    """Answers go to one Triton request's stream; see scheduler.Sink."""
+    """Answers go to one Triton request's stream, in order, from a thread of their own; see scheduler.Sink."""
 
-    def __init__(self, sender: Any) -> None:
-        self.sender = sender
+    def __init__(self, sender: Any, sending: Executor, polling: Executor) -> None:
+        self.sender, self.sending, self.polling = sender, sending, polling
+        self.known_cancelled = self.asking = self.over = False
 
     def cancelled(self) -> bool:
-        return bool(self.sender.is_cancelled())
+        """What was known when the last NFE began to run; the next answer is asked for while the coming one runs."""
+        if not self.asking:
+            self.asking = True
+            self.polling.submit(self.ask)
+        return self.known_cancelled
+
+    def ask(self) -> None:
+        if not self.over:
+            self.known_cancelled = bool(self.sender.is_cancelled())
+        self.asking = False
 
     def preview(self, step: int, image: Pixels) -> None:
-        self.sender.send(image_response(image, {"preview": step}))
+        self.send(lambda: image_response(image, {"preview": step}))
 
     def done(self, result: Result) -> None:
         """The report: spans (stage, begin, nanoseconds, batch), tokens, and the fingerprint with its parts."""
+        self.over = True
         spans = [(span.stage, span.begin, span.nanoseconds, span.batch) for span in result.spans]
         report: dict[str, Any] = {"spans": spans, "tokens": result.tokens}
         report |= {"fingerprint": result.fingerprint, "fingerprint_parts": result.fingerprint_parts}
-        self.sender.send(image_response(result.image, report), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self.send(lambda: image_response(result.image, report), pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def failed(self, error: EngineError) -> None:
         """The error as JSON in Triton's message: the gateway reads that, not Triton's code."""
+        self.over = True
         code = pb.TritonError.CANCELLED if isinstance(error, Cancelled) else pb.TritonError.INTERNAL
-        response = pb.InferenceResponse(error=pb.TritonError(to_wire(error), code))
-        self.sender.send(response, flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        message = to_wire(error)
+        self.send(lambda: pb.InferenceResponse(error=pb.TritonError(message, code)), pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def send(self, response: Callable[[], Any], flags: int = 0) -> None:
+        """Builds and sends a response on the sending thread; a failure is told in the log."""
+        self.sending.submit(self.deliver, response, flags)
+
+    def deliver(self, response: Callable[[], Any], flags: int) -> None:
+        try:
+            self.sender.send(response(), flags=flags)
+        except Exception:
+            logger.exception("an answer could not be delivered")
 
 
 def read_request(request: Any) -> tuple[Request, float | None]:
