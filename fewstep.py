@@ -169,6 +169,7 @@ def serve(
     flags = {"host": host, "port": port, "backend": backend, "model_repository": model_repository, "keys_file": keys_file}
     with one_line_errors("triton"):
         from server.gateway.backend import BackendError
+        from server.gateway.keys import KeyStore
         from server.gateway.serve import serve
         from server.gateway.settings import SettingsError, as_toml, load
 
@@ -177,6 +178,8 @@ def serve(
                 with_set({name: value for name, value in flags.items() if value is not None}, set_), config
             )
             if check:
+                if settings.keys_file:
+                    KeyStore(settings.keys_file)
                 print(as_toml(settings, origins))
             else:
                 serve(settings)
@@ -243,6 +246,73 @@ def replay(
         print("\n".join(outcome.lines))
         if not outcome.identical:
             raise typer.Exit(1)
+
+
+keys = typer.Typer(no_args_is_help=True, help="API keys of `fewstep serve`: made, shown and revoked while it runs.")
+app.add_typer(keys, name="keys")
+KeysFile = Annotated[Path | None, typer.Option(help="the file (default: the setting keys_file, as `fewstep serve` has it)")]
+
+
+@keys.command("create")
+def keys_create(
+    name: Annotated[str, typer.Argument(help="whose key it is, for you to remember")],
+    keys_file: KeysFile = None,
+    scopes: Annotated[str, typer.Option(help="of images, videos, models, metrics")] = "images,videos,models",
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="in any 60 seconds; default: no bound")] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="requests at once; default: no bound")] = None,
+    expires: Annotated[int | None, typer.Option(min=1, max=36500, help="days from now; default: never")] = None,
+) -> None:
+    """Makes a key and prints it, this once: the file keeps only what is needed to know it again.
+
+    Example: fewstep keys create alice --keys-file keys.json --requests-per-minute 60
+    """
+    with one_line_errors("triton"):
+        from server.gateway.keys import create
+
+        file = configured(keys_file)
+        print(create(file, name, scopes.split(","), requests_per_minute, concurrency, expires))
+        print(f"kept nowhere else, so store it now; `fewstep serve --keys-file {file}` asks for it", file=sys.stderr)
+
+
+@keys.command("list")
+def keys_list(keys_file: KeysFile = None) -> None:
+    """Shows all keys by their prefixes, the revoked and expired ones too.
+
+    Example: fewstep keys list --keys-file keys.json
+    """
+    with one_line_errors("triton"):
+        from server.gateway.keys import read, table
+
+        print(table(read(configured(keys_file)).keys))
+
+
+@keys.command("revoke")
+def keys_revoke(
+    prefix: Annotated[str, typer.Argument(help="the eight characters after fs_, as `fewstep keys list` shows them")],
+    keys_file: KeysFile = None,
+) -> None:
+    """Revokes a key for good; a running server refuses it within a second.
+
+    Example: fewstep keys revoke 0a1b2c3d --keys-file keys.json
+    """
+    with one_line_errors("triton"):
+        from server.gateway.keys import revoke
+
+        key = revoke(configured(keys_file), prefix)
+        print(f"{key.prefix} ({key.name}) is revoked")
+
+
+def configured(keys_file: Path | None) -> Path:
+    """The file of keys that was named, or else the one that `fewstep serve` would use here. Raises ValueError."""
+    from server.gateway.settings import SettingsError, load
+
+    try:
+        found = keys_file or load({})[0].keys_file
+    except SettingsError as error:
+        raise ValueError(f"{error}; or name the file with --keys-file") from None
+    if found is None:
+        raise ValueError("no file of keys is configured: name one with --keys-file, FEWSTEP_KEYS_FILE or in fewstep.toml")
+    return found
 
 
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each ends in one line of JSON.")

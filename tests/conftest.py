@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ class Server:
 
     process: subprocess.Popen[str]
     url: str
+    log: Path
 
     def children(self) -> list[int]:
         """Process ids of tritonserver and its stubs, tritonserver first."""
@@ -40,18 +42,22 @@ class Server:
         return self.process.wait(30)
 
 
-def start_server(repository: Path, backend: str = "triton") -> Server:
-    """Starts `fewstep serve` on a free port and waits for its ready line."""
+def start_server(repository: Path, backend: str = "triton", *flags: str, **environment: str) -> Server:
+    """Starts `fewstep serve` on a free port and waits for its ready line. environment: variables besides those there are."""
     command = [sys.executable, str(ROOT / "fewstep.py"), "serve", "--port", "0"]
-    command += ["--model-repository", str(repository), "--backend", backend]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    command += ["--model-repository", str(repository), "--backend", backend, *flags]
+    descriptor, log = tempfile.mkstemp(prefix="fewstep-test-", suffix=".log")  # a pipe that nobody reads would fill up
+    with open(descriptor, "w") as errors:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=os.environ | environment
+        )
     assert process.stdout is not None
     line = process.stdout.readline()
     match = re.search(r"http://[0-9.]+:[0-9]+", line)
     if match is None:
-        _, errors = process.communicate(timeout=30)
-        raise AssertionError(f"no ready line but {line!r}; {errors}")
-    return Server(process, match.group())
+        process.wait(30)
+        raise AssertionError(f"no ready line but {line!r}; {Path(log).read_text()}")
+    return Server(process, match.group(), Path(log))
 
 
 def alive(pid: int) -> bool:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from typer.testing import CliRunner, Result
 
 from fewstep import app
+from server.gateway.keys import create
 from server.gateway.settings import OTHER_VARIABLES, Settings, SettingsError, as_toml, load
 
 CANARY = "canary-secret-0123456789"
@@ -184,6 +185,14 @@ def test_check_says_each_mistake_in_a_line_and_ends_with_1() -> None:
     result = check("--port", "70000", "--set", "key_share=7")
     assert result.exit_code == 1
     assert [line.split()[:2] for line in result.output.splitlines()] == [["fewstep:", "port"], ["fewstep:", "key_share"]]
+
+
+def test_check_opens_the_file_of_keys() -> None:
+    result = check("--keys-file", "none.json")
+    assert result.exit_code == 1
+    assert "none.json" in result.output
+    create(Path("keys.json"), "alice", ["images"])
+    assert check("--keys-file", "keys.json", "--host", "0.0.0.0").exit_code == 0
 
 
 @pytest.mark.parametrize("change", ["key_share", "port=1"])

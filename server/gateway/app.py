@@ -3,12 +3,15 @@
 import time
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from server.gateway import routes_images, routes_models
 from server.gateway.admission import Admission
+from server.gateway.auth import Auth
 from server.gateway.backend import Backend
 from server.gateway.boundary import Boundary
 from server.gateway.errors import install_error_handlers
+from server.gateway.keys import KeyStore
 from server.gateway.pipeline import Pipeline
 from server.gateway.result_files import ResultFiles
 from server.gateway.results import Results
@@ -16,15 +19,20 @@ from server.gateway.settings import Settings
 
 
 def create_app(backend: Backend, settings: Settings) -> FastAPI:
-    """Routes and errors; starting and stopping `backend` is the caller's affair (see serve.py)."""
+    """Routes, errors and keys; starting and stopping `backend` is the caller's affair (see serve.py). Raises KeysError."""
     app = FastAPI(title="fewstep", description="Few-step diffusion students over OpenAI's image API.", redirect_slashes=False)
     app.state.backend = backend
     app.state.settings = settings
     app.state.pipeline = open_pipeline(backend, settings)
+    app.state.keys = KeyStore(settings.keys_file) if settings.keys_file else None
     app.state.created = int(time.time())
     install_error_handlers(app)
     app.include_router(routes_images.router)
     app.include_router(routes_models.router)
+    # From the inside out. Other origins' preflights carry no key, so they are answered before anybody asks for one.
+    app.add_middleware(Auth, keys=app.state.keys)
+    if settings.cors_origins:
+        allow_cross_origin(app, settings.cors_origins)
     app.add_middleware(Boundary, max_body_bytes=settings.max_body_bytes)
     return app
 
@@ -38,3 +46,14 @@ def open_pipeline(backend: Backend, settings: Settings) -> Pipeline:
     if settings.result_cache_folder and settings.result_cache_disk_mb:
         files = ResultFiles(settings.result_cache_folder, settings.result_cache_disk_mb * 10**6)
     return Pipeline(backend, admission, Results(settings.result_cache_mb * 10**6, files))
+
+
+def allow_cross_origin(app: FastAPI, origins: tuple[str, ...]) -> None:
+    """Lets pages of these origins call the API with a key and read its headers."""
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "HEAD", "POST", "DELETE"],
+        allow_headers=["*"],
+        expose_headers=["*"],
+    )

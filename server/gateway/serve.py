@@ -13,7 +13,7 @@ from server.gateway.backend import Backend, BackendFailed
 from server.gateway.settings import Settings
 
 READY = """fewstep serves {students} on {url}  (backend: {backend}); try
-  curl -s {url}/v1/images/generations -H 'Content-Type: application/json' -H 'Accept: image/png' \\
+  curl -s {url}/v1/images/generations -H 'Content-Type: application/json' -H 'Accept: image/png'{key} \\
     -d '{{"prompt": "a red circle above a blue square", "seed": 7}}' -o out.png"""
 
 
@@ -69,7 +69,7 @@ async def serve_on(listener: socket.socket, backend: Backend, settings: Settings
         await asyncio.wait([serving, starting], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
-            print(ready_line(listener, backend, settings.backend), flush=True)
+            print(ready_line(listener, backend, settings), flush=True)
         await serving
     finally:
         await end(starting)
@@ -95,12 +95,14 @@ def keep_signals(server: uvicorn.Server) -> None:
         signal.signal(number, stop)
 
 
-def ready_line(listener: socket.socket, backend: Backend, backend_name: str) -> str:
+def ready_line(listener: socket.socket, backend: Backend, settings: Settings) -> str:
     """What is served, where, and a command to try."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     host = f"[{host}]" if ":" in host else host
-    return READY.format(students=", ".join(backend.students), url=f"http://{host}:{port}", backend=backend_name)
+    key = ' -H "Authorization: Bearer $KEY"' if settings.keys_file else ""
+    students = ", ".join(backend.students)
+    return READY.format(students=students, url=f"http://{host}:{port}", backend=settings.backend, key=key)
 
 
 __all__ = ["BackendFailed", "serve"]
