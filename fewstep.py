@@ -390,5 +390,25 @@ def bench_scheduler(
             fail(str(error))
 
 
+@bench.command("sessions")
+def bench_sessions(
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved calls of every variant")] = 50,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """Milliseconds per row of an NFE and of a decode, by threads and batch, and whether bits change with the threads.
+
+    Example: fewstep bench sessions --rounds 50
+    """
+    with one_line_errors("triton"):
+        from benchmarks.sessions import run
+        from server.engine.errors import EngineError
+
+        try:
+            run(model_repository, student, rounds)
+        except EngineError as error:
+            fail(str(error))
+
+
 if __name__ == "__main__":
     app()

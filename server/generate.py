@@ -55,7 +55,12 @@ def generate_file(
 
 def open_engine(repository: Path, student: str | None) -> Engine:
     """The named student, or the first. Raises StudentError."""
+    return Engine.open(student_folder(repository, student))
+
+
+def student_folder(repository: Path, student: str | None) -> Path:
+    """Of the named student, or of the first. Raises StudentError."""
     folders = student_folders(repository)
     if student is not None and student not in folders:
         raise StudentError(f"{repository} holds no student {student!r}, only {', '.join(folders)}")
-    return Engine.open(folders[student or next(iter(folders))])
+    return folders[student or next(iter(folders))]

@@ -45,16 +45,16 @@ class Session(Protocol):
 
 
 class OnnxSession:
-    """A graph on onnxruntime's CPU provider, one thread."""
+    """A graph on onnxruntime's CPU provider."""
 
     batch_invariant = True  # tests and `fewstep bench determinism` hold it to that
 
-    def __init__(self, graph: str, contents: bytes) -> None:
+    def __init__(self, graph: str, contents: bytes, threads: int = THREADS) -> None:
         """Raises StudentError when `contents` reaches for other files, is refused, or has other tensors than expected."""
         if EXTERNAL_DATA.search(contents):
             raise StudentError(f"{graph}.onnx keeps weights in another file, which no digest covers; export it in one file")
         try:
-            self.session = ort.InferenceSession(contents, session_options(), providers=[PROVIDER])
+            self.session = ort.InferenceSession(contents, session_options(threads), providers=[PROVIDER])
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise StudentError(f"{graph}.onnx: onnxruntime refuses it: {first_line(error)}; export the student again") from None
         self.outputs = list(OUTPUTS[graph])
@@ -65,12 +65,12 @@ class OnnxSession:
         return [np.asarray(output) for output in self.session.run(self.outputs, tensors)]
 
 
-def session_options() -> ort.SessionOptions:
+def session_options(threads: int) -> ort.SessionOptions:
     """Every choice that could change a bit, made here and nowhere else."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.intra_op_num_threads = options.inter_op_num_threads = THREADS
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.use_deterministic_compute = True
     options.log_severity_level = LOG_FATAL_ONLY
     options.add_session_config_entry("session.load_model_format", "ONNX")
