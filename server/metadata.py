@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
 
 CHUNK = "fewstep"  # the keyword of the PNG's iTXt chunk
 FORMAT = 1
@@ -29,11 +28,9 @@ class Metadata:
     fingerprint_parts: dict[str, str]
     pixel_sha256: str
 
-    def chunk(self) -> PngInfo:
-        """For Pillow's PNG writer."""
-        info = PngInfo()
-        info.add_itxt(CHUNK, json.dumps({"format": FORMAT, **asdict(self)}))
-        return info
+    def text(self) -> dict[str, str]:
+        """Keyword and value of a PNG's text."""
+        return {CHUNK: json.dumps({"format": FORMAT, **asdict(self)})}
 
 
 def pixel_sha256(image: npt.NDArray[np.uint8]) -> str:

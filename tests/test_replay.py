@@ -11,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fewstep import app
+from server.gateway.png import write_png
 from server.generate import generate_file
 from server.metadata import read_metadata
 from server.replay import replay
@@ -74,7 +75,7 @@ def test_a_painted_over_picture_is_not_identical_and_says_why(tiny_repository: P
     said, pixels = read_metadata(file)
     painted = pixels.copy()
     painted[:32] = 255 - painted[:32]
-    Image.fromarray(painted).save(file, pnginfo=said.chunk())
+    file.write_bytes(write_png(painted, said.text()))
     result = CliRunner().invoke(app, ["replay", str(file), "--model-repository", str(tiny_repository)])
     assert result.exit_code == 1
     assert "50.0% of the pixels differ" in result.stdout

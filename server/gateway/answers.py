@@ -1,11 +1,12 @@
 """What is said about finished images: headers and the JSON document, in OpenAI's shape."""
 
-import base64
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
+from server.gateway.json_answer import to_base64
 from server.gateway.made import Made
 from server.gateway.plan import Plan
 from server.gateway.timings import Timings
@@ -36,18 +37,19 @@ def etag(plan: Plan) -> str:
     """Of all that decides the answer. Weak for JSON, which also says when it was made and how long that took."""
     indices = [plan.image_indices.start, plan.image_indices.stop]
     decides = [plan.student.fingerprint, plan.prompt, plan.seed, indices, plan.nfe, plan.size, plan.format]
-    decides += [plan.compression, plan.embed_prompt, plan.raw]
+    decides += [plan.compression, plan.embed_prompt, plan.raw, plan.url]
     digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
     return f'"{digest}"' if plan.raw else f'W/"{digest}"'
 
 
-def document(plan: Plan, made: list[Made], timings: Timings) -> dict[str, Any]:
-    """The answer in OpenAI's shape, and what it lacks to make the images again."""
+def document(plan: Plan, made: list[Made], timings: Timings, link: Callable[[bytes], str]) -> dict[str, Any]:
+    """The answer in OpenAI's shape, and what it lacks to make the images again. link: bytes of a file -> its address."""
+    kind, shown = ("url", link) if plan.url else ("b64_json", to_base64)
     return {
         "created": int(time.time()),
         "data": [
             {
-                "b64_json": base64.b64encode(image.file.content).decode(),
+                kind: shown(image.file.content),
                 "seed": plan.seed,
                 "image_index": image.image_index,
                 "cached": image.origin == "cached",

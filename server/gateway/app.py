@@ -5,7 +5,7 @@ import time
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from server.gateway import routes_images, routes_models
+from server.gateway import files, routes_images, routes_models
 from server.gateway.admission import Admission
 from server.gateway.auth import Auth
 from server.gateway.backend import Backend
@@ -25,10 +25,12 @@ def create_app(backend: Backend, settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.pipeline = open_pipeline(backend, settings)
     app.state.keys = KeyStore(settings.keys_file) if settings.keys_file else None
+    app.state.files = files.open_files(settings)
     app.state.created = int(time.time())
     install_error_handlers(app)
     app.include_router(routes_images.router)
     app.include_router(routes_models.router)
+    app.include_router(files.router)
     # From the inside out. Other origins' preflights carry no key, so they are answered before anybody asks for one.
     app.add_middleware(Auth, keys=app.state.keys)
     if settings.cors_origins:

@@ -4,11 +4,12 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 from server.gateway.admission import Admission
 from server.gateway.backend import Backend, BackendImage, OnPreview
 from server.gateway.made import Made
-from server.gateway.media import THREADS, Encoded, encode_now
+from server.gateway.media import Encoded, beside, encode_now
 from server.gateway.plan import Plan
 from server.gateway.results import Results
 from server.metadata import Metadata, pixel_sha256
@@ -67,7 +68,7 @@ class Pipeline:
         """By the backend. Raises an EngineError or a BackendError."""
         image = await self.backend.generate(plan.image(image_index), on_preview)
         self.admission.learn(plan, image)
-        made = await asyncio.get_running_loop().run_in_executor(THREADS, finish, plan, image_index, image)
+        made = await beside(image.image, plan.format, partial(finish, plan, image_index, image))
         if self.results and plan.writes_cache:
             self.results.keep(plan.key(image_index), made)
         return made

@@ -18,9 +18,9 @@ QUALITY_BY_NFE = {nfe: quality for quality, nfe in NFE_BY_QUALITY.items()}
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that can be run as it stands. raw: the answer is the bytes of the image; previews: after which NFEs of a
-    stream a partial image is sent; deadline: on the clock of time.monotonic; seeded: the caller named the seed;
-    cache_control: the directives of the request's Cache-Control."""
+    """A request that can be run as it stands. raw: the answer is the bytes of the image; url: a link to them; previews: after
+    which NFEs of a stream a partial image is sent; deadline: on the clock of time.monotonic; seeded: the caller named the
+    seed; cache_control: the directives of the request's Cache-Control."""
 
     student: StudentCard
     prompt: str
@@ -32,6 +32,7 @@ class Plan:
     compression: int | None
     embed_prompt: bool
     raw: bool
+    url: bool
     stream: bool
     previews: tuple[int, ...]
     deadline: float
@@ -93,6 +94,7 @@ def make_plan(
         compression=asked.output_compression,
         embed_prompt=bool(asked.embed_prompt),
         raw=raw_format is not None,
+        url=legal_url(asked, raw_format),
         stream=legal_stream(asked, raw_format),
         previews=spread(asked.partial_images or 0, nfe),
         deadline=time.monotonic() + legal_timeout(headers.get(TIMEOUT_HEADER), longest_timeout_ms) / 1000,
@@ -104,7 +106,6 @@ def make_plan(
 def refuse_unsupported(asked: ImageGeneration) -> None:
     """What would change the answer and is not done is refused, never ignored."""
     refusals = {
-        "response_format": (asked.response_format == "url", "url is not supported yet; only b64_json"),
         "background": (asked.background == "transparent", "transparent is not supported; only opaque"),
         "style": (asked.style not in (None, "", "natural"), "only natural is supported"),
         "negative_prompt": (asked.negative_prompt, "is not supported by a distilled student; leave it empty"),
@@ -160,6 +161,15 @@ def legal_format(asked: ImageGeneration, raw_format: Format | None) -> Format:
     if chosen == "png" and asked.output_compression not in (None, 100):
         raise invalid("output_compression is for jpeg and webp; png is lossless", "output_compression")
     return chosen
+
+
+def legal_url(asked: ImageGeneration, raw_format: Format | None) -> bool:
+    """Whether links are asked for. Raises ApiError 400 where the answer has no place for them."""
+    wanted = asked.response_format == "url"
+    if wanted and (raw_format or asked.stream):
+        said = f"Accept: image/{raw_format}" if raw_format else "stream: true"
+        raise invalid(f"response_format: url is answered with JSON, not with {said}", "response_format")
+    return wanted
 
 
 def legal_stream(asked: ImageGeneration, raw_format: Format | None) -> bool:

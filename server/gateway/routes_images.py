@@ -1,13 +1,16 @@
 """POST /v1/images/generations: plan, make, answer with JSON, the bytes of the image, or a stream."""
 
 import time
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 
 from server.gateway import answers, streaming
 from server.gateway.body import read_json
 from server.gateway.disconnect import unless_gone
+from server.gateway.files import Files
+from server.gateway.json_answer import PictureResponse
 from server.gateway.pipeline import Pipeline
 from server.gateway.plan import Plan, make_plan
 from server.gateway.schemas import ImageGeneration, request_body
@@ -25,7 +28,7 @@ async def generate_images(request: Request) -> Response:
     pipeline: Pipeline = request.app.state.pipeline
     longest = request.app.state.settings.request_timeout_ms
     plan = make_plan(asked, request.headers, pipeline.backend.students, longest)
-    if asked.seed is not None and answers.etag(plan) in known_tags(request):
+    if asked.seed is not None and not plan.url and answers.etag(plan) in known_tags(request):  # a known link may have expired
         return Response(status_code=304, headers={"ETag": answers.etag(plan), "x-seed": str(plan.seed)})
     if plan.stream:
         return await stream(request, pipeline, plan, begin)
@@ -34,7 +37,9 @@ async def generate_images(request: Request) -> Response:
     headers = answers.headers(plan, made, timings)
     if plan.raw:
         return Response(made[0].file.content, media_type=f"image/{plan.format}", headers=headers)
-    return JSONResponse(answers.document(plan, made, timings), headers=headers)
+    files: Files = request.app.state.files
+    link = partial(files.link, format=plan.format, request=request)
+    return PictureResponse(answers.document(plan, made, timings, link), headers=headers)
 
 
 async def stream(request: Request, pipeline: Pipeline, plan: Plan, begin: int) -> Response:

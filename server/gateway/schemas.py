@@ -21,8 +21,10 @@ class ImageGeneration(BaseModel):
     size: Annotated[str | None, Field(description="WIDTHxHEIGHT or auto")] = None
     quality: Annotated[Quality | None, Field(description="low, medium, high: 1, 2, 4 NFE when no steps are given")] = None
     output_format: Format | None = None
-    output_compression: Annotated[int | None, Field(ge=0, le=100, description="quality of jpeg and webp")] = None
-    response_format: Literal["b64_json", "url"] | None = None
+    output_compression: Annotated[int | None, Field(ge=0, le=100, description="quality of jpeg and webp (lossless at 100)")] = (
+        None
+    )
+    response_format: Annotated[Literal["b64_json", "url"] | None, Field(description="url: a signed link that expires")] = None
     seed: Annotated[int | None, Field(ge=0, le=2**64 - 1, description="absent: drawn by the server and returned")] = None
     image_index: Annotated[int | None, Field(ge=0, le=2**32 - 1, description="index of the first image")] = None
     num_inference_steps: Annotated[int | None, Field(description="NFE: denoiser evaluations per image")] = None

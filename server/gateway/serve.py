@@ -59,6 +59,7 @@ async def serve_on(listener: socket.socket, backend: Backend, settings: Settings
         log_level="warning",
         access_log=False,
         lifespan="off",
+        proxy_headers=False,  # X-Forwarded-* are anybody's words
         timeout_graceful_shutdown=settings.grace_seconds,
     )
     server = uvicorn.Server(config)

@@ -1,8 +1,6 @@
 """stream: true. An image and the predictions on the way to it as server-sent events, in the shape of OpenAI's."""
 
 import asyncio
-import base64
-import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -14,6 +12,7 @@ import numpy.typing as npt
 
 from server.gateway.answers import usage
 from server.gateway.errors import to_api_error
+from server.gateway.json_answer import to_base64, to_json
 from server.gateway.made import Made
 from server.gateway.media import encode
 from server.gateway.pipeline import Make, Pipeline
@@ -113,7 +112,7 @@ def completed(plan: Plan, made: Made, begin: int) -> bytes:
 def common(plan: Plan, content: bytes) -> dict[str, Any]:
     """What every event of an image says."""
     return {
-        "b64_json": base64.b64encode(content).decode(),
+        "b64_json": to_base64(content),
         "created_at": int(time.time()),
         "size": plan.size,
         "quality": plan.quality,
@@ -124,4 +123,4 @@ def common(plan: Plan, content: bytes) -> dict[str, Any]:
 
 def frame(event: str, document: dict[str, Any]) -> bytes:
     """One server-sent event. JSON has no raw line ends, so it is one data line."""
-    return f"event: {event}\ndata: {json.dumps({'type': event, **document})}\n\n".encode()
+    return b"event: %s\ndata: %s\n\n" % (event.encode(), to_json({"type": event, **document}))
