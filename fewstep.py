@@ -410,5 +410,28 @@ def bench_sessions(
             fail(str(error))
 
 
+@bench.command("encoders")
+def bench_encoders(
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved repetitions of everything")] = 15,
+    side: Annotated[
+        list[int] | None, typer.Option(min=16, help="of made-up pictures, in pixels; may be repeated; default: 512 and 1024")
+    ] = None,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """Encoders of png, jpeg and webp side by side, and what base64 and JSON add. Measures those that are installed.
+
+    Example: fewstep bench encoders --side 512 --side 1024
+    """
+    with one_line_errors("triton"):
+        from benchmarks.encoders import run
+        from server.engine.errors import EngineError
+
+        try:
+            run(model_repository, student, rounds, side or [512, 1024])
+        except EngineError as error:
+            fail(str(error))
+
+
 if __name__ == "__main__":
     app()

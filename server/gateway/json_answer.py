@@ -1,4 +1,4 @@
-"""JSON with pictures in it: base64 and serialising by libraries that are ten times as fast as Python's own."""
+"""JSON with pictures in it: base64 and serialising by libraries that are tens of times as fast as Python's own."""
 
 from typing import Any
 
@@ -15,7 +15,8 @@ class PictureResponse(JSONResponse):
 
 
 def to_json(document: Any) -> bytes:
-    """UTF-8 on one line. Raises TypeError for what is no JSON, lone surrogates and keys other than str among it."""
+    """UTF-8 on one line. Raises TypeError for what is no JSON, lone surrogates and keys other than str among it; a float that
+    is not finite is sent as null."""
     return orjson.dumps(document)
 
 

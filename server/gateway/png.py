@@ -1,4 +1,4 @@
-"""PNG files: the "up" filter by numpy and deflate by ISA-L, ten times as fast as zlib at the same size."""
+"""PNG files: the "up" filter by numpy and deflate by ISA-L, several times as fast as zlib at the same size."""
 
 import struct
 from collections.abc import Mapping
