@@ -12,6 +12,7 @@ from server.gateway.errors import ApiError, invalid, show
 from server.gateway.schemas import NFE_BY_QUALITY, Format, ImageGeneration
 
 RAW_FORMATS: dict[str, Format] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+BEST = 100  # the default of output_compression, as with OpenAI
 TIMEOUT_HEADER = "x-request-timeout-ms"
 QUALITY_BY_NFE = {nfe: quality for quality, nfe in NFE_BY_QUALITY.items()}
 
@@ -29,7 +30,7 @@ class Plan:
     nfe: int
     size: str
     format: Format
-    compression: int | None
+    compression: int
     embed_prompt: bool
     raw: bool
     url: bool
@@ -91,7 +92,7 @@ def make_plan(
         nfe=nfe,
         size=legal_size(asked.size, student),
         format=legal_format(asked, raw_format),
-        compression=asked.output_compression,
+        compression=BEST if asked.output_compression is None else asked.output_compression,
         embed_prompt=bool(asked.embed_prompt),
         raw=raw_format is not None,
         url=legal_url(asked, raw_format),
@@ -158,7 +159,7 @@ def legal_format(asked: ImageGeneration, raw_format: Format | None) -> Format:
     if raw_format and asked.output_format not in (None, raw_format):
         raise invalid(f"output_format {asked.output_format} contradicts Accept: image/{raw_format}", "output_format")
     chosen = raw_format or asked.output_format or "png"
-    if chosen == "png" and asked.output_compression not in (None, 100):
+    if chosen == "png" and asked.output_compression not in (None, BEST):
         raise invalid("output_compression is for jpeg and webp; png is lossless", "output_compression")
     return chosen
 
