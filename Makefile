@@ -2,6 +2,8 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL_CHROMIUM = as=; test "$$(id -u)" = 0 || as=sudo; \
+	$$as apt-get update -qq && $$as apt-get install -qq -y --no-install-recommends chromium
 
 help:            ## show this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  *##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -11,8 +13,12 @@ venv: .venv/dev.installed    ## environment for development: everything, in .ven
 serve: .venv/serve.installed ## serve the bundled student on http://127.0.0.1:8000 (installs neither torch nor diffusers)
 	$(BIN)/fewstep serve
 
-test: venv       ## run all tests
+test: venv chromium ## run all tests
 	$(BIN)/python -m pytest -q
+
+chromium:        ## the browser that tests drive, from Debian's packages if it is not here (as root or through sudo)
+	@command -v chromium >/dev/null || sh -c '$(INSTALL_CHROMIUM)' \
+		|| { echo "the playground's tests need chromium; install it: apt-get install --no-install-recommends chromium" >&2; exit 1; }
 
 check: venv      ## formatting, lint and types
 	$(BIN)/ruff format --check .
@@ -39,4 +45,4 @@ export: venv     ## export what `make train` made into model_repository
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@ .venv/serve.installed
 
-.PHONY: help venv serve test check train export
+.PHONY: help venv serve test chromium check train export

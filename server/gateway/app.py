@@ -5,7 +5,7 @@ import time
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from server.gateway import files, routes_images, routes_models
+from server.gateway import files, routes_images, routes_models, routes_playground
 from server.gateway.admission import Admission
 from server.gateway.auth import Auth
 from server.gateway.backend import Backend
@@ -31,6 +31,7 @@ def create_app(backend: Backend, settings: Settings) -> FastAPI:
     app.include_router(routes_images.router)
     app.include_router(routes_models.router)
     app.include_router(files.router)
+    app.include_router(routes_playground.router)
     # From the inside out. Other origins' preflights carry no key, so they are answered before anybody asks for one.
     app.add_middleware(Auth, keys=app.state.keys)
     if settings.cors_origins:
