@@ -6,6 +6,7 @@ Only this file and triton_metrics.py import triton_python_backend_utils, which e
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -66,6 +67,7 @@ class TritonSink:
     def __init__(self, sender: Any, sending: Executor, polling: Executor) -> None:
         self.sender, self.sending, self.polling = sender, sending, polling
         self.known_cancelled = self.asking = self.over = False
+        self.using = threading.Lock()
 
     def cancelled(self) -> bool:
         """What was known when the last NFE began to run; the next answer is asked for while the coming one runs."""
@@ -75,9 +77,11 @@ class TritonSink:
         return self.known_cancelled
 
     def ask(self) -> None:
-        if not self.over:
-            self.known_cancelled = bool(self.sender.is_cancelled())
-        self.asking = False
+        """Not while, and not after, the last word is sent: the sender's request is gone then, and asking kills the stub."""
+        with self.using:
+            if not self.over:
+                self.known_cancelled = bool(self.sender.is_cancelled())
+            self.asking = False
 
     def preview(self, step: int, image: Pixels) -> None:
         self.send(lambda: image_response(image, {"preview": step}))
@@ -103,7 +107,8 @@ class TritonSink:
 
     def deliver(self, response: Callable[[], Any], flags: int) -> None:
         try:
-            self.sender.send(response(), flags=flags)
+            with self.using:
+                self.sender.send(response(), flags=flags)
         except Exception:
             logger.exception("an answer could not be delivered")
 
