@@ -12,6 +12,7 @@ from server.gateway.backend import Backend
 from server.gateway.boundary import Boundary
 from server.gateway.errors import install_error_handlers
 from server.gateway.keys import KeyStore
+from server.gateway.openapi import install_openapi
 from server.gateway.pipeline import Pipeline
 from server.gateway.result_files import ResultFiles
 from server.gateway.results import Results
@@ -36,6 +37,7 @@ def create_app(backend: Backend, settings: Settings) -> FastAPI:
     app.add_middleware(Auth, keys=app.state.keys)
     if settings.cors_origins:
         allow_cross_origin(app, settings.cors_origins)
+    install_openapi(app)
     app.add_middleware(Boundary, max_body_bytes=settings.max_body_bytes)
     return app
 

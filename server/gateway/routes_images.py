@@ -13,13 +13,14 @@ from server.gateway.files import Files
 from server.gateway.json_answer import PictureResponse
 from server.gateway.pipeline import Pipeline
 from server.gateway.plan import Plan, make_plan
+from server.gateway.responses import IMAGES
 from server.gateway.schemas import ImageGeneration, request_body
 from server.gateway.timings import measure
 
 router = APIRouter()
 
 
-@router.post("/v1/images/generations", openapi_extra=request_body(ImageGeneration), response_model=None)
+@router.post("/v1/images/generations", responses=IMAGES, openapi_extra=request_body(ImageGeneration), response_model=None)
 async def generate_images(request: Request) -> Response:
     """Makes n images of a prompt. `Accept: image/png` (jpeg, webp) with n = 1 answers with the bytes themselves;
     `stream: true` with server-sent events."""

@@ -8,35 +8,36 @@ from fastapi.responses import JSONResponse
 from server.gateway.backend import Backend, StudentCard
 from server.gateway.errors import ApiError
 from server.gateway.plan import find_student
+from server.gateway.responses import Model, ModelList, Status, errors
 
 router = APIRouter()
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", response_model=ModelList, responses=errors(500))
 async def list_models(request: Request) -> dict[str, Any]:
     """The students, the default one first."""
     return {"object": "list", "data": [describe(card, request) for card in students(request).values()]}
 
 
-@router.get("/v1/models/{model}")
+@router.get("/v1/models/{model}", response_model=Model, responses=errors(404, 500, 503))
 async def get_model(model: str, request: Request) -> dict[str, Any]:
     """One student."""
     return describe(find_student(model, students(request)), request)
 
 
-@router.get("/livez")
+@router.get("/livez", response_model=Status)
 async def livez() -> dict[str, str]:
     """200 while the gateway's event loop runs, whatever the backend does."""
     return {"status": "alive"}
 
 
-@router.get("/readyz")
+@router.get("/readyz", response_model=Status, responses=errors(500, 503))
 async def readyz(request: Request) -> JSONResponse:
     """200 when every student makes an image now; 503 otherwise."""
     return await readiness(request)
 
 
-@router.get("/health")
+@router.get("/health", response_model=Status, responses=errors(500, 503))
 async def health(request: Request) -> JSONResponse:
     """The same as /readyz, under the name that benchmarks wait for."""
     return await readiness(request)

@@ -1,0 +1,134 @@
+"""The OpenAPI document: the routes' own description, narrowed to what the students of this server can do."""
+
+import copy
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from server.gateway.auth import OPEN
+from server.gateway.backend import Backend, StudentCard
+from server.gateway.responses import ERRORS, EVENTS, described
+from server.gateway.schemas import ImageGeneration
+
+IMAGES_PATH = "/v1/images/generations"
+EVERY_ANSWER = {"x-request-id": "the caller's own, or one that was made up; it is in the log"}
+WAIT = {"Retry-After": "seconds"}
+CHALLENGE = {"WWW-Authenticate": "RFC 6750"}
+EXAMPLES = {
+    "four": {
+        "summary": "The same picture whenever it is asked for",
+        "value": {"prompt": "a red circle above a blue square", "seed": 7, "num_inference_steps": 4},
+    },
+    "fast": {
+        "summary": "One NFE, as a small file",
+        "value": {"prompt": "a red circle", "quality": "low", "output_format": "webp"},
+    },
+}
+PARAMETERS = [
+    {
+        "name": "X-Request-Timeout-Ms",
+        "in": "header",
+        "description": "how long the caller waits; past that, 504. The server's own limit is the default and the most",
+        "schema": {"type": "integer", "minimum": 1, "maximum": 10**15 - 1},
+    },
+    {
+        "name": "Cache-Control",
+        "in": "header",
+        "description": "no-cache: make the images anew; no-store: and keep them for nobody",
+        "schema": {"type": "string"},
+    },
+    {
+        "name": "If-None-Match",
+        "in": "header",
+        "description": "the ETags the caller has already, with commas between",
+        "schema": {"type": "string"},
+    },
+]
+
+
+def install_openapi(app: FastAPI) -> None:
+    """Makes /openapi.json tell the truth about `app`. It is kept once the backend has said what it serves."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            backend: Backend = app.state.backend
+            document = describe(app, list(backend.students.values()))
+            if not backend.students:
+                return document
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def describe(app: FastAPI, students: list[StudentCard]) -> dict[str, Any]:
+    """FastAPI's document with the headers of every answer, without the 422 that no route gives, with the students' limits."""
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    if app.state.keys is not None:
+        ask_for_keys(document)
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            for status, answer in operation["responses"].items():
+                headers = EVERY_ANSWER | (WAIT if status in ("429", "503") else CHALLENGE if status in ("401", "403") else {})
+                answer["headers"] = answer.get("headers", {}) | described(headers)
+    for unused in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(unused, None)
+    document["components"]["schemas"] |= schemas_of_events()
+    images = document["paths"][IMAGES_PATH]["post"]
+    images["parameters"] = PARAMETERS
+    body = images["requestBody"]["content"]["application/json"]
+    body["examples"] = EXAMPLES
+    body["schema"] = ImageGeneration.model_json_schema()  # once more: FastAPI writes limits as floats, and 2^64 - 1 is none
+    for name, limits in legal_values(students).items():
+        body["schema"]["properties"][name] = narrowed(body["schema"]["properties"][name], limits)
+    return document
+
+
+def ask_for_keys(document: dict[str, Any]) -> None:
+    """What a server with API keys says of the paths that need one."""
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    envelope = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    refusals = {str(status): {"description": ERRORS[status], "content": envelope} for status in (401, 403, 429)}
+    for path, operations in document["paths"].items():
+        for operation in operations.values() if not OPEN.fullmatch(path) else ():
+            operation["security"] = [{"key": []}]
+            operation["responses"] |= copy.deepcopy(refusals)
+
+
+def schemas_of_events() -> dict[str, Any]:
+    """What `text/event-stream` refers to; FastAPI knows the models of JSON answers alone."""
+    _, schemas = models_json_schema([(event, "serialization") for event in EVENTS], ref_template="#/components/schemas/{model}")
+    found: dict[str, Any] = schemas["$defs"]
+    return found
+
+
+def legal_values(students: list[StudentCard]) -> dict[str, dict[str, Any]]:
+    """Field -> JSON Schema of what is accepted; of several students, what one of them accepts."""
+    ladder = sorted({nfe for student in students for nfe in student.nfe})
+    sizes = list(dict.fromkeys(size for student in students for size in student.sizes))
+    limits: dict[str, dict[str, Any]] = {
+        "background": {"enum": ["auto", "opaque"]},
+        "style": {"enum": ["", "natural"]},
+        "negative_prompt": {"enum": [""]},
+        "guidance_scale": {"enum": [1]},
+    }
+    if not students:
+        return limits
+    return limits | {
+        "prompt": {"maxLength": max(student.max_prompt_characters for student in students), "pattern": r"\S"},
+        "model": {"enum": [student.name for student in students]},
+        "num_inference_steps": {"enum": ladder},
+        "steps": {"enum": ladder},
+        "size": {"enum": [*sizes, "auto"]},
+    }
+
+
+def narrowed(described: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
+    """A property with fewer legal values; null stays legal where it was."""
+    kept = {key: value for key, value in described.items() if key in ("title", "description")}
+    if "enum" in limits:
+        return kept | {"enum": [*limits["enum"], *([None] if "anyOf" in described else [])]}
+    return described | limits
