@@ -5,6 +5,7 @@ from typing import Any, NoReturn, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from server.gateway.errors import ApiError, from_validation, invalid, show
 
@@ -12,7 +13,7 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 async def read_json(request: Request, schema: type[Schema]) -> Schema:
-    """The body as `schema`. Raises ApiError 400 or 415."""
+    """The body as `schema`. Raises ApiError 400, 415, or 499 where the caller leaves before its end."""
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind.strip().lower() != "application/json":
         raise ApiError(415, f"Content-Type must be application/json, got {show(kind)}", code="unsupported_media_type")
@@ -22,6 +23,8 @@ async def read_json(request: Request, schema: type[Schema]) -> Schema:
         return schema.model_validate(parse(await request.body()))
     except ValidationError as error:
         raise from_validation(error) from None
+    except ClientDisconnect:
+        raise ApiError(499, "the caller closed the connection in the middle of the body", code="cancelled") from None
 
 
 def parse(body: bytes) -> Any:
