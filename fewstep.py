@@ -433,5 +433,27 @@ def bench_encoders(
             fail(str(error))
 
 
+@bench.command("gateway")
+def bench_gateway(
+    images: Annotated[int, typer.Option(min=3, help="images alone, of each way, in a round")] = 50,
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved repetitions of everything")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.1, help="of each closed loop of 16 clients")] = 4.0,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """What the gateway and Triton cost on top of the engine, one at a time and 16 at once, as bytes and as base64.
+
+    Example: fewstep bench gateway --rounds 5
+    """
+    with one_line_errors("triton"):
+        from benchmarks.gateway import run
+        from server.engine.errors import EngineError
+
+        try:
+            run(model_repository, student, images, rounds, seconds)
+        except EngineError as error:
+            fail(str(error))
+
+
 if __name__ == "__main__":
     app()

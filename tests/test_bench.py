@@ -17,6 +17,7 @@ from fewstep import app
         (["sessions", "--rounds", "1"], {"median", "bits_equal_across_threads"}),
         (["encoders", "--rounds", "1", "--side", "16"], {"rows", "held", "hop_ms", "json_ms"}),
         (["scheduler", "--rounds", "1", "--seconds", "0.1"], {"overhead", "share_of_best_static", "one_nfe_p99_ratio"}),
+        (["gateway", "--images", "3", "--rounds", "1", "--seconds", "0.3"], {"ms", "images_per_second", "overheads"}),
     ],
 )
 def test_a_benchmark_ends_in_one_json_document(bundled_repository: Path, arguments: list[str], told: set[str]) -> None:

@@ -1,0 +1,66 @@
+"""A running `fewstep serve` to be measured, and the smallest client: it shares the cores with what it measures."""
+
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from server.engine.errors import EngineError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@contextlib.contextmanager
+def served(repository: Path) -> Iterator[tuple[str, int]]:
+    """A running `fewstep serve`: its address, and the port of its Triton."""
+    command = [sys.executable, str(ROOT / "fewstep.py"), "serve", "--port", "0", "--model-repository", str(repository)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        found = re.search(r"http://[0-9.]+:[0-9]+", process.stdout.readline())
+        if found is None:
+            raise EngineError("`fewstep serve` did not start; its own words are above")
+        try:
+            yield found.group(), triton_port(process.pid)
+        finally:
+            process.send_signal(signal.SIGTERM)
+
+
+def triton_port(gateway: int) -> int:
+    """Where the tritonserver of a gateway listens, from its command line."""
+    children = [pid for file in Path(f"/proc/{gateway}/task").glob("*/children") for pid in file.read_text().split()]
+    lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in children]
+    return int(re.findall(r"--grpc-port=(\d+)", "\0".join(lines))[0])
+
+
+@dataclass
+class Connection:
+    """HTTP/1.1 over one kept connection, one request at a time."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    @classmethod
+    async def open(cls, url: str) -> "Connection":
+        address = urlsplit(url)
+        return cls(*await asyncio.open_connection(address.hostname, address.port))
+
+    async def post(self, path: str, document: dict[str, Any], accept: str) -> dict[str, str]:
+        """The headers of the answer, names in lower case; its body is read and dropped. Raises EngineError unless it is a 200."""
+        body = json.dumps(document).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nAccept: {accept}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.writer.write(head.encode() + body)
+        status, *lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").strip().splitlines()
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        content = await self.reader.readexactly(int(headers["content-length"]))
+        if not status.startswith("HTTP/1.1 200 "):
+            raise EngineError(f"the server answered {status}: {content[:300]!r}")
+        return headers
