@@ -53,7 +53,7 @@ class Connection:
         return cls(*await asyncio.open_connection(address.hostname, address.port))
 
     async def post(self, path: str, document: dict[str, Any], accept: str) -> dict[str, str]:
-        """The headers of the answer, names in lower case; its body is read and dropped. Raises EngineError unless it is a 200."""
+        """The headers of the answer, names in lower case; its body is dropped. Raises EngineError unless it is a 200."""
         body = json.dumps(document).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nAccept: {accept}\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

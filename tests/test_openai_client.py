@@ -24,6 +24,7 @@ from server.gateway.settings import Settings
 from tests.conftest import Server
 
 ASKED: dict[str, Any] = {"model": "scenes", "prompt": "a large yellow star on a purple background", "extra_body": {"seed": 7}}
+NEW: dict[str, Any] = ASKED | {"prompt": "a small green ring in the top left"}  # nobody else asks for it: not in the cache
 
 
 @pytest.fixture
@@ -69,14 +70,14 @@ def pixels(b64_json: str | None) -> np.ndarray:
 
 
 def test_it_streams_partial_images_that_come_closer_to_the_final_one(client: openai.OpenAI) -> None:
-    with client.images.generate(**ASKED, quality="high", stream=True, partial_images=2) as stream:
+    with client.images.generate(**NEW, quality="high", stream=True, partial_images=2) as stream:
         events = list(stream)
     *partial, final = events
     assert [event.type for event in partial] == ["image_generation.partial_image"] * 2
     assert [event.partial_image_index for event in partial] == [0, 1]  # type: ignore[union-attr]
     assert final.type == "image_generation.completed"
     assert final.usage.total_tokens == final.usage.input_tokens + final.usage.output_tokens
-    plain = client.images.generate(**ASKED, quality="high")
+    plain = client.images.generate(**NEW, quality="high")
     assert plain.data is not None
     assert final.b64_json == plain.data[0].b64_json
     first, second = (np.abs(pixels(event.b64_json) - pixels(final.b64_json).astype(float)).mean() for event in partial)
@@ -93,7 +94,7 @@ def test_the_asynchronous_client_gets_many_at_once_and_streams(triton_server: Se
     async def ask() -> tuple[list[str | None], list[str]]:
         async with openai.AsyncOpenAI(base_url=f"{triton_server.url}/v1", api_key="none", max_retries=0) as client:
             answers = await asyncio.gather(*(client.images.generate(**ASKED, quality="low") for _ in range(4)))
-            stream = await client.images.generate(**ASKED, quality="medium", stream=True, partial_images=1)
+            stream = await client.images.generate(**NEW, quality="medium", stream=True, partial_images=1)
             return [answer.data[0].b64_json for answer in answers if answer.data], [event.type async for event in stream]
 
     images, events = asyncio.run(ask())
@@ -103,7 +104,8 @@ def test_the_asynchronous_client_gets_many_at_once_and_streams(triton_server: Se
 
 
 def test_its_raw_response_shows_our_headers(client: openai.OpenAI) -> None:
-    raw = client.images.with_raw_response.generate(**ASKED, extra_headers={"x-request-id": "from-the-caller"})
+    told = {"x-request-id": "from-the-caller", "cache-control": "no-cache"}
+    raw = client.images.with_raw_response.generate(**ASKED, extra_headers=told)
     assert raw.headers["x-seed"] == "7"
     assert raw.headers["x-request-id"] == raw.request_id == "from-the-caller"
     assert "nfe4;dur=" in raw.headers["server-timing"]
