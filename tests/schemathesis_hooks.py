@@ -4,6 +4,7 @@ import re
 
 import schemathesis
 from schemathesis.generation import GenerationMode
+from schemathesis.generation.meta import CoverageScenario
 
 TIMEOUT, PATIENT = "X-Request-Timeout-Ms", "60000"
 
@@ -11,13 +12,18 @@ TIMEOUT, PATIENT = "X-Request-Timeout-Ms", "60000"
 @schemathesis.hook
 def map_case(context: schemathesis.HookContext, case: schemathesis.Case) -> schemathesis.Case:
     """Only cases that are to be accepted are touched; what must be refused is sent as it was drawn, with time enough."""
-    if re.fullmatch("[1-9][0-9]{0,14}", str((case.headers or {}).get(TIMEOUT))):
+    if re.fullmatch("[1-9][0-9]{0,14}", str((case.headers or {}).get(TIMEOUT))) and not lacks_something(case):
         case.headers[TIMEOUT] = PATIENT  # a legal millisecond ends in an honest 504, which is no server error
     if case.meta is not None and case.meta.generation.mode == GenerationMode.POSITIVE and isinstance(case.body, dict):
         case.body = consistent(case.body)
         if accepts_bytes(case.body):
             case.headers["Accept"] = f"image/{case.body['output_format']}"
     return case
+
+
+def lacks_something(case: schemathesis.Case) -> bool:
+    """Whether a required header was left out, which a hook that touches the headers would undo."""
+    return getattr(case.meta and case.meta.phase.data, "scenario", None) is CoverageScenario.MISSING_PARAMETER
 
 
 def consistent(body: dict[str, object]) -> dict[str, object]:

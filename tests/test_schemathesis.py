@@ -13,6 +13,7 @@ import httpx
 import pytest
 from pydantic import TypeAdapter
 
+from server.gateway.keys import create
 from server.gateway.responses import CompletedImage, PartialImage
 from tests.conftest import Server, start_server
 from tests.tiny_student import build_tiny_student, write_manifest
@@ -21,12 +22,17 @@ TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small student that reads as many tokens as a legal prompt can have: a limit in tokens is none a document can say."""
     repository = tmp_path_factory.mktemp("schemathesis")
     student = build_tiny_student(repository)
     manifest = json.loads((student / "1" / "student.json").read_text())
     write_manifest(student, manifest | {"text_length": manifest["max_prompt_characters"] + 1})
+    return repository
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[Server]:
     server = start_server(repository, "inprocess")
     yield server
     assert server.stop() == 0
@@ -55,6 +61,17 @@ def test_every_check_passes(server: Server) -> None:
 
 def test_every_check_passes_through_triton(triton_server: Server) -> None:
     assert drawn(schemathesis(f"{triton_server.url}/openapi.json", "--phases", "examples,fuzzing")) > 100
+
+
+def test_every_check_passes_on_a_server_that_asks_for_keys(repository: Path, tmp_path: Path) -> None:
+    key = create(tmp_path / "keys.json", "schemathesis", ["images", "models"], None, None, None)
+    server = start_server(repository, "inprocess", "--keys-file", str(tmp_path / "keys.json"))
+    authorized = {"Authorization": f"Bearer {key}"}
+    document = httpx.get(f"{server.url}/openapi.json", headers=authorized).json()
+    secured = {path for path, operations in document["paths"].items() for one in operations.values() if one.get("security")}
+    assert secured == {"/v1/images/generations", "/v1/models", "/v1/models/{model}"}
+    assert drawn(schemathesis(f"{server.url}/openapi.json", "-H", f"Authorization: Bearer {key}")) > 300
+    assert server.stop() == 0
 
 
 def test_an_untrue_document_is_caught(server: Server, tmp_path: Path) -> None:
