@@ -27,7 +27,7 @@ def lacks_something(case: schemathesis.Case) -> bool:
 
 
 def consistent(body: dict[str, object]) -> dict[str, object]:
-    """An alias beside its name is left out, as is the quality of a file that has none, as are partial images without a stream and links in one.
+    """What has no meaning beside another field is left out: an alias, the quality of a png, partial images without a stream.
 
     Whole numbers are written whole: JSON Schema calls 7.0 an integer, and we, as OpenAI, do not.
     """
@@ -47,5 +47,10 @@ def whole(value: object) -> object:
 
 def accepts_bytes(body: dict[str, object]) -> bool:
     """Whether a case asks for the image itself, which OpenAPI leaves to the Accept header: half of those that may."""
-    may = body.get("output_format") and body.get("n") in (None, 1) and not body.get("stream") and body.get("response_format") != "url"
+    may = (
+        body.get("output_format")
+        and body.get("n") in (None, 1)
+        and not body.get("stream")
+        and body.get("response_format") != "url"
+    )
     return bool(may) and len(str(body.get("prompt"))) % 2 == 0

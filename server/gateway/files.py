@@ -15,6 +15,7 @@ from cachetools import TTLCache
 from fastapi import APIRouter, Request, Response
 
 from server.gateway.errors import ApiError
+from server.gateway.responses import FILES
 from server.gateway.schemas import Format
 from server.gateway.settings import Settings
 
@@ -82,7 +83,7 @@ def refused(status: int, message: str, code: str) -> ApiError:
 
 
 @router.head("/files/{name}", response_model=None, include_in_schema=False)
-@router.get("/files/{name}", response_model=None)
+@router.get("/files/{name}", response_model=None, responses=FILES, response_class=Response)
 async def get_file(name: str, request: Request, expires: str = "", signature: str = "") -> Response:
     """The bytes of an image whose link an answer gave."""
     files: Files = request.app.state.files

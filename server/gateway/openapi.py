@@ -72,7 +72,7 @@ def describe(app: FastAPI, students: list[StudentCard]) -> dict[str, Any]:
         for operation in operations.values():
             operation["responses"].pop("422", None)
             for status, answer in operation["responses"].items():
-                headers = EVERY_ANSWER | (WAIT if status in ("429", "503") else CHALLENGE if status in ("401", "403") else {})
+                headers = EVERY_ANSWER | (WAIT if status in ("429", "503") else {})
                 answer["headers"] = answer.get("headers", {}) | described(headers)
     for unused in ("HTTPValidationError", "ValidationError"):
         document["components"]["schemas"].pop(unused, None)
@@ -96,6 +96,8 @@ def ask_for_keys(document: dict[str, Any]) -> None:
         for operation in operations.values() if not OPEN.fullmatch(path) else ():
             operation["security"] = [{"key": []}]
             operation["responses"] |= copy.deepcopy(refusals)
+            for status in ("401", "403"):
+                operation["responses"][status]["headers"] = described(CHALLENGE)
 
 
 def schemas_of_events() -> dict[str, Any]:

@@ -29,6 +29,7 @@ UNLESS_STREAMED = {
     "Server-Timing": "queue, text_encoder, nfe1 .., vae_decoder, image_encode, total; milliseconds",
     "x-pixel-sha256": "sha256 over uint8 [H, W, 3]; one per image",
 }
+LINKED = {"ETag": "of the bytes", "Cache-Control": "how long the link is good"}
 
 
 class Answer(BaseModel):
@@ -208,4 +209,15 @@ IMAGES: dict[int | str, dict[str, Any]] = {
         "headers": described({name: (ALWAYS | UNLESS_STREAMED)[name] for name in ("ETag", "x-seed")}),
     },
     **errors(400, 404, 413, 415, 429, 500, 503, 504),
+}
+FILES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The bytes of the image.",
+        "content": {f"image/{name}": BYTES for name in get_args(Format)},
+        "headers": described(LINKED),
+    },
+    304: {"description": "If-None-Match names this image.", "headers": described(LINKED)},
+    403: {"model": Error, "description": "The signature does not fit the link."},
+    410: {"model": Error, "description": "The link has expired, or the image has made room for others."},
+    **errors(500),
 }
