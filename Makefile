@@ -13,10 +13,9 @@ venv: .venv/dev.installed    ## environment for development: everything, in .ven
 serve: .venv/serve.installed ## serve the bundled student on http://127.0.0.1:8000 (installs neither torch nor diffusers)
 	$(BIN)/fewstep serve
 
-test: venv chromium ## run all tests
 aiperf: .venv/aiperf.installed ## NVIDIA AIPerf, the load generator, in an environment of its own (140 packages)
 
-test: venv aiperf ## run all tests
+test: venv chromium aiperf ## run all tests
 	$(BIN)/python -m pytest -q
 
 chromium:        ## the browser that tests drive, from Debian's packages if it is not here (as root or through sudo)
@@ -48,11 +47,10 @@ export: venv     ## export what `make train` made into model_repository
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@ .venv/serve.installed
 
-.PHONY: help venv serve test chromium check train export
 .venv/aiperf.installed: pyproject.toml
 	test -x .venv/aiperf/bin/python || $(PYTHON) -m venv .venv/aiperf
 	.venv/aiperf/bin/pip install --quiet --upgrade pip
 	.venv/aiperf/bin/pip install --quiet --group aiperf
 	touch $@
 
-.PHONY: help venv serve aiperf test check train export
+.PHONY: help venv serve aiperf test chromium check train export
