@@ -28,7 +28,8 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Request:
-    """One image of one request. seed: 0..2^64-1; size: "WxH"; previews: after which NFEs (1 .. nfe - 1) x0 is shown."""
+    """One image of one request. seed: 0..2^64-1; size: "WxH"; previews: after which NFEs (1 .. nfe - 1) x0 is shown; probe:
+    asked by the server itself, to see whether it works."""
 
     prompt: str
     seed: int
@@ -36,6 +37,7 @@ class Request:
     nfe: int
     size: str
     previews: tuple[int, ...] = ()
+    probe: bool = False
 
 
 @dataclass(frozen=True)

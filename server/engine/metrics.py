@@ -1,5 +1,6 @@
 """What the scheduler counts: names, kinds and labels in one table, and a place in memory to count in."""
 
+from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -53,10 +54,12 @@ class Metrics(Protocol):
 
 
 class MemoryMetrics:
-    """Numbers kept in this process; histograms keep count and sum."""
+    """Numbers kept in this process. A histogram is its `_count`, its `_sum` and how many values fell into each bucket, of
+    which the last one has no upper bound."""
 
     def __init__(self) -> None:
         self.values: defaultdict[tuple[str, Labels], float] = defaultdict(float)
+        self.buckets: dict[tuple[str, Labels], list[int]] = {}
 
     def add(self, name: str, amount: float = 1, **labels: str) -> None:
         self.values[key(name, labels)] += amount
@@ -67,6 +70,9 @@ class MemoryMetrics:
     def observe(self, name: str, value: float, **labels: str) -> None:
         self.values[key(f"{name}_count", labels)] += 1
         self.values[key(f"{name}_sum", labels)] += value
+        bounds = METRICS[name].buckets
+        counts = self.buckets.setdefault(key(name, labels), [0] * (len(bounds) + 1))
+        counts[bisect_left(bounds, value)] += 1
 
     def total(self, name: str) -> float:
         """The sum of a counter, or of a histogram's `_count` or `_sum`, over its labels."""

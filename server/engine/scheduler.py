@@ -51,6 +51,7 @@ class Member:
     deadline: float
     arrival: int
     submitted: float
+    metrics: Metrics
     shown: list[tuple[int, Floats]] = field(default_factory=list)
 
     @property
@@ -70,6 +71,7 @@ class Scheduler:
     ) -> None:
         self.engine, self.lock, self.clock = engine, lock, clock
         self.metrics = metrics or MemoryMetrics()
+        self.uncounted = MemoryMetrics()  # where probes are counted, which are nobody's requests
         self.members: list[Member] = []
         self.arrivals: list[Member] = []
         self.numbers = itertools.count()
@@ -87,12 +89,13 @@ class Scheduler:
         """
         now = self.clock()
         deadline = math.inf if seconds is None else now + seconds
-        member = Member(self.engine.prepare(request), sink, deadline, next(self.numbers), now)
+        metrics = self.uncounted if request.probe else self.metrics
+        member = Member(self.engine.prepare(request), sink, deadline, next(self.numbers), now, metrics)
         with self.news:
             if self.closing:
                 raise ShuttingDown("the engine is shutting down and takes no more requests")
             self.arrivals.append(member)
-            self.metrics.add("fewstep_steps_requested_total", request.nfe)
+            metrics.add("fewstep_steps_requested_total", request.nfe)
             self.news.notify()
 
     def start(self) -> threading.Thread:
@@ -138,8 +141,9 @@ class Scheduler:
             self.decode(self.seats(to_decode, self.engine.max_decode_batch, keep=False))
         elif to_step:
             self.step(self.seats(to_step, self.engine.max_batch, keep=True))
-        self.metrics.set("fewstep_in_flight", len(self.members))
-        self.metrics.set("fewstep_queue_depth", sum(not member.progress.step for member in self.members))
+        counted = [member for member in self.members if member.metrics is self.metrics]
+        self.metrics.set("fewstep_in_flight", len(counted))
+        self.metrics.set("fewstep_queue_depth", sum(not member.progress.step for member in counted))
 
     def drop_unwanted(self) -> None:
         """Between two pieces of work the cancelled and the late leave."""
@@ -176,7 +180,7 @@ class Scheduler:
             if len(batch) > 1:
                 return self.one_by_one(self.step, batch, error)
             errors = [typed(error, "student_step")]
-        self.metrics.observe("fewstep_batch_size", len(batch), stage="student_step")
+        metrics_of(batch).observe("fewstep_batch_size", len(batch), stage="student_step")
         for member, failure in zip(batch, errors, strict=True):
             if failure:
                 self.fail(member, failure)
@@ -187,11 +191,11 @@ class Scheduler:
         """Counts an NFE, and keeps its x0 for the decoder if that was asked for."""
         progress, span = member.progress, member.progress.spans[-1]
         nfe, step = str(progress.request.nfe), str(progress.step)
-        self.metrics.add("fewstep_steps_executed_total")
-        self.metrics.observe("fewstep_step_duration_seconds", span.nanoseconds / 1e9, nfe=nfe, step=step)
+        member.metrics.add("fewstep_steps_executed_total")
+        member.metrics.observe("fewstep_step_duration_seconds", span.nanoseconds / 1e9, nfe=nfe, step=step)
         if progress.step == 1:
             waited = self.clock() - member.submitted - span.nanoseconds / 1e9
-            self.metrics.observe("fewstep_queue_wait_seconds", max(waited, 0.0))
+            member.metrics.observe("fewstep_queue_wait_seconds", max(waited, 0.0))
         if progress.step in progress.request.previews:
             member.shown.append((progress.step, progress.x0))
 
@@ -209,17 +213,17 @@ class Scheduler:
             if len(batch) > 1:
                 return self.one_by_one(self.decode, batch, error)
             return self.fail(batch[0], typed(error, "vae_decoder"))
-        self.metrics.observe("fewstep_batch_size", len(batch), stage="vae_decoder")
+        metrics_of(batch).observe("fewstep_batch_size", len(batch), stage="vae_decoder")
         for member, image in zip(batch, images, strict=True):
             self.decoded(member, image, Span("preview" if member.shown else "vae_decoder", begin, nanoseconds, len(batch)))
 
     def decoded(self, member: Member, image: Pixels, span: Span) -> None:
         """Sends a preview, or the image and with it the last word."""
         member.progress.spans.append(span)
-        self.metrics.observe("fewstep_stage_duration_seconds", span.nanoseconds / 1e9, stage=span.stage)
+        member.metrics.observe("fewstep_stage_duration_seconds", span.nanoseconds / 1e9, stage=span.stage)
         if member.shown:
             step, _ = member.shown.pop(0)
-            self.metrics.add("fewstep_previews_total")
+            member.metrics.add("fewstep_previews_total")
             tell(member.sink.preview, step, image)
         else:
             self.leave(member, "completed")
@@ -237,13 +241,18 @@ class Scheduler:
         """Ends a request without an image."""
         if isinstance(error, Cancelled):
             step = member.progress.step
-            self.metrics.add("fewstep_cancelled_total", at=f"nfe{step}" if step else "queue")
+            member.metrics.add("fewstep_cancelled_total", at=f"nfe{step}" if step else "queue")
         self.leave(member, error.code)
         tell(member.sink.failed, error)
 
     def leave(self, member: Member, status: str) -> None:
         self.members.remove(member)
-        self.metrics.add("fewstep_finished_total", nfe=str(member.progress.request.nfe), status=status)
+        member.metrics.add("fewstep_finished_total", nfe=str(member.progress.request.nfe), status=status)
+
+
+def metrics_of(batch: list[Member]) -> Metrics:
+    """Where a batch is counted: with the first request in it that is no probe."""
+    return max(batch, key=lambda member: not member.progress.request.probe).metrics
 
 
 def typed(error: Exception, stage: str) -> EngineError:

@@ -123,6 +123,7 @@ def read_request(request: Any) -> tuple[Request, float | None]:
         nfe=int(values["nfe"]),
         size=values["size"].decode(),
         previews=tuple(bit + 1 for bit in range(32) if int(values["previews"]) >> bit & 1),
+        probe=bool(json.loads(request.parameters() or "{}").get("probe")),
     )
     timeout = int(values["timeout_ms"])
     return asked, timeout / 1000 if timeout else None

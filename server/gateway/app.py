@@ -5,15 +5,19 @@ import time
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from server.gateway import files, routes_images, routes_models, routes_playground
+from server.gateway import files, routes_images, routes_metrics, routes_models, routes_playground
 from server.gateway.admission import Admission
 from server.gateway.auth import Auth
 from server.gateway.backend import Backend
 from server.gateway.boundary import Boundary
+from server.gateway.drain import Drain, Gate
 from server.gateway.errors import install_error_handlers
 from server.gateway.keys import KeyStore
+from server.gateway.metrics import Metrics
+from server.gateway.observe import Observed
 from server.gateway.openapi import install_openapi
 from server.gateway.pipeline import Pipeline
+from server.gateway.readiness import Readiness
 from server.gateway.result_files import ResultFiles
 from server.gateway.results import Results
 from server.gateway.settings import Settings
@@ -28,17 +32,22 @@ def create_app(backend: Backend, settings: Settings) -> FastAPI:
     app.state.keys = KeyStore(settings.keys_file) if settings.keys_file else None
     app.state.files = files.open_files(settings)
     app.state.created = int(time.time())
+    app.state.metrics, app.state.tracing = Metrics(), None
+    app.state.readiness, app.state.drain = Readiness(backend), Drain()
     install_error_handlers(app)
     app.include_router(routes_images.router)
     app.include_router(routes_models.router)
     app.include_router(files.router)
     app.include_router(routes_playground.router)
+    app.include_router(routes_metrics.router)
     # From the inside out. Other origins' preflights carry no key, so they are answered before anybody asks for one.
+    app.add_middleware(Gate, drain=app.state.drain)
     app.add_middleware(Auth, keys=app.state.keys)
     if settings.cors_origins:
         allow_cross_origin(app, settings.cors_origins)
     install_openapi(app)
     app.add_middleware(Boundary, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(Observed)
     return app
 
 

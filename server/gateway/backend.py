@@ -10,7 +10,8 @@ InvalidRequest, NumericalError, DeadlineExceeded and ShuttingDown come from the 
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,8 @@ from server.engine.errors import DeadlineExceeded, EngineError, InvalidRequest, 
 __all__ = ["DeadlineExceeded", "EngineError", "InvalidRequest", "NumericalError", "ShuttingDown", "from_wire"]
 
 WARM_UP_PROMPT = "a"
+# The W3C trace context of the request being served, for whoever runs it.
+TRACEPARENT: ContextVar[str | None] = ContextVar("TRACEPARENT", default=None)
 
 
 class BackendError(Exception):
@@ -49,7 +52,8 @@ class BackendFault(BackendError):
 @dataclass(frozen=True)
 class ImageRequest:
     """One image of one request to one student. seed: 0..2^64-1; size: "WxH"; previews: after which NFEs (1 .. nfe - 1) the
-    x0 prediction is shown; timeout_ms: how long it may take, None for as long as the backend allows."""
+    x0 prediction is shown; timeout_ms: how long it may take, None for as long as the backend allows; probe: our own question
+    whether a student works, counted nowhere."""
 
     student: str
     prompt: str
@@ -59,6 +63,7 @@ class ImageRequest:
     size: str
     previews: tuple[int, ...] = ()
     timeout_ms: int | None = None
+    probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,7 @@ class StudentCard:
     max_prompt_characters: int
     manifest_sha256: str
     fingerprint: str = ""
+    fingerprint_parts: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, parameters: dict[str, str]) -> "StudentCard":
@@ -120,7 +126,11 @@ class StudentCard:
 
     def warm_up(self) -> ImageRequest:
         """The cheapest request that runs all three graphs."""
-        return ImageRequest(self.name, WARM_UP_PROMPT, 0, 0, self.nfe[0], self.default_size)
+        return ImageRequest(self.name, WARM_UP_PROMPT, 0, 0, self.nfe[0], self.default_size, probe=True)
+
+    def warmed_up(self, made: BackendImage) -> "StudentCard":
+        """The card with what the warm-up image has told."""
+        return replace(self, fingerprint=made.fingerprint, fingerprint_parts=made.fingerprint_parts)
 
 
 class Backend(Protocol):
@@ -143,6 +153,14 @@ class Backend(Protocol):
         """Whether every student can make an image now; asks the students themselves."""
         ...
 
+    async def scrape(self) -> str:
+        """What the scheduler counts, and what else the backend does, as Prometheus text. Raises BackendUnavailable."""
+        ...
+
     async def stop(self) -> None:
         """Frees everything; may be called at any time, also twice."""
+        ...
+
+    def kill(self) -> None:
+        """Ends at once what would outlive this process; called from a signal handler, just before the end."""
         ...

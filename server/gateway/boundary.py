@@ -1,9 +1,10 @@
-"""The outermost layer: gives every request an id, bounds its body, and turns what nobody caught into a plain 500."""
+"""The layer around all routes: gives every request an id, bounds its body, and turns what nobody caught into a plain 500."""
 
 import logging
 import re
 import uuid
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.gateway.errors import ApiError, internal_error
@@ -36,8 +37,10 @@ class Boundary:
             await self.app(scope, bounded(receive, self.max_body_bytes), send_with_id)
         except Exception as error:
             answer = error if isinstance(error, ApiError) else internal_error()
-            if answer is not error:
-                logger.exception("request %s failed", request_id)
+            if isinstance(error, ClientDisconnect):
+                answer = ApiError(499, "the caller closed the connection", code="cancelled")
+            elif answer is not error:
+                logger.exception("request failed", extra={"fields": {"id": request_id}})
             if started:
                 raise
             await answer.response()(scope, receive, send_with_id)

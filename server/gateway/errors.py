@@ -19,6 +19,7 @@ from server.gateway.backend import (
     NumericalError,
     ShuttingDown,
 )
+from server.gateway.record import current
 
 logger = logging.getLogger("fewstep")
 
@@ -46,6 +47,7 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
+        current().failed(self.status, self.code)
         return JSONResponse(self.envelope(), self.status, self.headers)
 
 
@@ -64,7 +66,15 @@ def from_validation(error: ValidationError) -> ApiError:
     if first["type"] == "missing":
         return invalid(f"{param} is required", param, "missing_required_parameter")
     said = first["msg"].removeprefix("Value error, ")
-    return invalid(f"{param or 'the body'}: {said}, got {show(first['input'])}", param)
+    return invalid(f"{param or 'the body'}: {said}, got {show_unless_prompt(param, first['input'])}", param)
+
+
+def show_unless_prompt(param: str | None, value: Any) -> str:
+    """What was received for `param`, None for the whole body; only JSON's name for its type where it may hold a prompt."""
+    if param not in (None, "prompt", "negative_prompt"):
+        return show(value)
+    kinds = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
+    return kinds.get(type(value), "a number")
 
 
 def show(value: Any) -> str:
@@ -92,7 +102,7 @@ def to_api_error(error: Exception, request_id: str | None = None) -> ApiError:
     """Any failure as an answer; what is our fault goes to the log."""
     answer = error if isinstance(error, ApiError) else from_backend(error)
     if answer.status == 500:
-        logger.error("request %s: %s: %s", request_id, type(error).__name__, error)
+        logger.error("%s: %s", type(error).__name__, error, extra={"fields": {"id": request_id}})
     return answer
 
 

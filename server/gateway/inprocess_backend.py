@@ -1,7 +1,6 @@
 """Students run by the engine in this process, without Triton: the same scheduler, so the same pixels."""
 
 import asyncio
-import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 from server.engine.device import DeviceLock, Priority
 from server.engine.engine import Determinism, Engine, Pixels, Request, Result
 from server.engine.errors import EngineError, StudentError
+from server.engine.exposition import exposition
 from server.engine.metrics import MemoryMetrics
 from server.engine.scheduler import Scheduler
 from server.engine.session import DEVICE
@@ -40,13 +40,14 @@ class InProcessBackend:
             raise BackendFailed(str(error)) from None
         cards = [StudentCard.parse(student_parameters(one.engine.manifest)) for one in self.schedulers.values()]
         made = {card.name: await self.generate(card.warm_up()) for card in cards}
-        self.students = {card.name: dataclasses.replace(card, fingerprint=made[card.name].fingerprint) for card in cards}
+        self.students = {card.name: card.warmed_up(made[card.name]) for card in cards}
 
     async def generate(self, request: ImageRequest, on_preview: OnPreview | None = None) -> BackendImage:
         """One image; cancelling the task stops the work within one NFE."""
         begin = time.perf_counter_ns()
         answer = FutureSink(asyncio.get_running_loop(), on_preview)
-        asked = Request(request.prompt, request.seed, request.image_index, request.nfe, request.size, request.previews)
+        shared = ("prompt", "seed", "image_index", "nfe", "size", "previews", "probe")
+        asked = Request(**{name: getattr(request, name) for name in shared})
         seconds = request.timeout_ms / 1000 if request.timeout_ms else None
         try:
             await asyncio.to_thread(self.schedulers[request.student].submit, asked, answer, seconds)
@@ -62,6 +63,9 @@ class InProcessBackend:
     async def ready(self) -> bool:
         return bool(self.students) and all(thread.is_alive() for thread in self.threads)
 
+    async def scrape(self) -> str:
+        return exposition(self.metrics)
+
     async def stop(self) -> None:
         """Answers what is under way first."""
         self.students = {}
@@ -69,6 +73,9 @@ class InProcessBackend:
             scheduler.close()
         for thread in self.threads:
             await asyncio.to_thread(thread.join)
+
+    def kill(self) -> None:
+        """Nothing here outlives the process."""
 
 
 class FutureSink:

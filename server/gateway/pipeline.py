@@ -11,6 +11,7 @@ from server.gateway.backend import Backend, BackendImage, OnPreview
 from server.gateway.made import Made
 from server.gateway.media import Encoded, beside, encode_now
 from server.gateway.plan import Plan
+from server.gateway.record import current
 from server.gateway.results import Results
 from server.metadata import Metadata, pixel_sha256
 
@@ -68,7 +69,9 @@ class Pipeline:
         """By the backend. Raises an EngineError or a BackendError."""
         image = await self.backend.generate(plan.image(image_index), on_preview)
         self.admission.learn(plan, image)
+        current().made(image_index, image)
         made = await beside(image.image, plan.format, partial(finish, plan, image_index, image))
+        current().encoded(image_index, made.file)
         if self.results and plan.writes_cache:
             self.results.keep(plan.key(image_index), made)
         return made

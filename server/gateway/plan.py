@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from server.gateway.backend import ImageRequest, StudentCard
-from server.gateway.errors import ApiError, invalid, show
+from server.gateway.errors import ApiError, invalid, show, show_unless_prompt
 from server.gateway.schemas import NFE_BY_QUALITY, Format, ImageGeneration
 
 RAW_FORMATS: dict[str, Format] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
@@ -114,7 +114,8 @@ def refuse_unsupported(asked: ImageGeneration) -> None:
     }
     for param, (refused, said) in refusals.items():
         if refused:
-            raise invalid(f"{param}: {said}, got {show(getattr(asked, param))}", param, "unsupported_value")
+            got = show_unless_prompt(param, getattr(asked, param))
+            raise invalid(f"{param}: {said}, got {got}", param, "unsupported_value")
 
 
 def find_student(name: str | None, students: dict[str, StudentCard]) -> StudentCard:

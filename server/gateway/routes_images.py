@@ -13,6 +13,7 @@ from server.gateway.files import Files
 from server.gateway.json_answer import PictureResponse
 from server.gateway.pipeline import Pipeline
 from server.gateway.plan import Plan, make_plan
+from server.gateway.record import current
 from server.gateway.responses import IMAGES
 from server.gateway.schemas import ImageGeneration, request_body
 from server.gateway.timings import measure
@@ -28,7 +29,9 @@ async def generate_images(request: Request) -> Response:
     asked = await read_json(request, ImageGeneration)
     pipeline: Pipeline = request.app.state.pipeline
     longest = request.app.state.settings.request_timeout_ms
+    current().model = asked.model
     plan = make_plan(asked, request.headers, pipeline.backend.students, longest)
+    current().planned(plan.student.name, plan.nfe, plan.seed)
     if asked.seed is not None and not plan.url and answers.etag(plan) in known_tags(request):  # a known link may have expired
         return Response(status_code=304, headers={"ETag": answers.etag(plan), "x-seed": str(plan.seed)})
     if plan.stream:

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from server.gateway.backend import Backend, StudentCard
+from server.gateway.drain import RETRY_AFTER
 from server.gateway.errors import ApiError
 from server.gateway.plan import find_student
 from server.gateway.responses import Model, ModelList, Status, errors
@@ -44,10 +45,12 @@ async def health(request: Request) -> JSONResponse:
 
 
 async def readiness(request: Request) -> JSONResponse:
-    """Asks the backend for a real image."""
-    backend: Backend = request.app.state.backend
-    if not await backend.ready():
-        raise ApiError(503, "not ready: a student makes no image now", code="not_ready", headers={"Retry-After": "2"})
+    """Asks the backend for a real image, unless the server is ending anyway."""
+    state, headers = request.app.state, {"Retry-After": RETRY_AFTER}
+    if state.drain.draining:
+        raise ApiError(503, "not ready: the server is shutting down", code="draining", headers=headers)
+    if not await state.readiness.now():
+        raise ApiError(503, "not ready: a student makes no image now", code="not_ready", headers=headers)
     return JSONResponse({"status": "ready"})
 
 

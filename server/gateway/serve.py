@@ -1,15 +1,15 @@
 """`fewstep serve`: gateway and backend in one process tree that starts whole, stops whole and leaves nothing behind."""
 
 import asyncio
-import logging
-import signal
 import socket
-from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from server.gateway.app import create_app
 from server.gateway.backend import Backend, BackendFailed
+from server.gateway.drain import DrainingServer
+from server.gateway.logs import configure_logging
 from server.gateway.settings import Settings
 
 READY = """fewstep serves {students} on {url}  (backend: {backend}); try
@@ -19,7 +19,7 @@ READY = """fewstep serves {students} on {url}  (backend: {backend}); try
 
 def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT. Raises BackendFailed or OSError with a message for the terminal."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    configure_logging(settings.log_format)
     with listen(settings.host, settings.port) as listener:
         asyncio.run(serve_on(listener, open_backend(settings), settings))
 
@@ -54,22 +54,18 @@ def listen(host: str, port: int) -> socket.socket:
 
 async def serve_on(listener: socket.socket, backend: Backend, settings: Settings) -> None:
     """The gateway answers at once (alive, not ready) while the backend warms up."""
-    config = uvicorn.Config(
-        create_app(backend, settings),
-        log_level="warning",
-        access_log=False,
-        lifespan="off",
-        proxy_headers=False,  # X-Forwarded-* are anybody's words
-        timeout_graceful_shutdown=settings.grace_seconds,
-    )
-    server = uvicorn.Server(config)
-    keep_signals(server)
+    app = create_app(backend, settings)
+    app.state.tracing = tracing = open_tracing(settings.otlp_endpoint)
+    # X-Forwarded-* are anybody's words.
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", proxy_headers=False)
+    server = DrainingServer(config, app.state.drain, settings.grace_seconds, backend.kill)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(backend.start())
     try:
         await asyncio.wait([serving, starting], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
+            server.announced()
             print(ready_line(listener, backend, settings), flush=True)
         await serving
     finally:
@@ -77,6 +73,20 @@ async def serve_on(listener: socket.socket, backend: Backend, settings: Settings
         server.should_exit = True
         await end(serving, cancel=False)
         await backend.stop()
+        if tracing:
+            await asyncio.to_thread(tracing.close)
+
+
+def open_tracing(endpoint: str | None) -> Any:
+    """None without an endpoint; then OpenTelemetry is not even imported. Raises ValueError when it is not installed."""
+    if not endpoint:
+        return None
+    try:
+        from server.gateway.tracing import Tracing
+    except ModuleNotFoundError as error:
+        said = f"traces are to go to {endpoint} but {error.name} is not installed: run `pip install 'fewstep[otel]'`"
+        raise ValueError(f"{said}, or unset the endpoint") from None
+    return Tracing(endpoint)
 
 
 async def end(task: "asyncio.Task[None]", cancel: bool = True) -> None:
@@ -84,16 +94,6 @@ async def end(task: "asyncio.Task[None]", cancel: bool = True) -> None:
     if cancel:
         task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-
-
-def keep_signals(server: uvicorn.Server) -> None:
-    """uvicorn raises a caught signal once more when it is done, which by default would end us before the backend is."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        server.should_exit = True
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
 
 
 def ready_line(listener: socket.socket, backend: Backend, settings: Settings) -> str:

@@ -17,6 +17,7 @@ from server.gateway.made import Made
 from server.gateway.media import encode
 from server.gateway.pipeline import Make, Pipeline
 from server.gateway.plan import Plan
+from server.gateway.record import current
 from server.gateway.timings import measure
 
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # the second: proxies that hold answers back let it pass
@@ -82,7 +83,9 @@ async def with_errors(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator
         async for event in rest:
             yield event
     except Exception as error:
-        yield frame("error", to_api_error(error).envelope())
+        answer = to_api_error(error)
+        current().failed(answer.status, answer.code)
+        yield frame("error", answer.envelope())
 
 
 async def partial_image(plan: Plan, preview: Preview) -> bytes:

@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import time
 from pathlib import Path
+
+import httpx
 
 from server.engine.errors import StudentError
 from server.engine.student import open_student, student_folders
@@ -30,6 +31,7 @@ ANSWER_SECONDS = 60.0
 POLL_SECONDS = 0.1
 QUIET_SECONDS = 5.0  # without a finished image for so long, one is asked for: a dead stub still says it is ready
 PROBE_SECONDS = 10.0
+SCRAPE_SECONDS = 2.0
 LONGEST_BACKOFF = 8.0
 STARTING = "the image backend is starting; send the request again"
 
@@ -46,6 +48,7 @@ class TritonBackend:
         self.trouble = asyncio.Event()
         self.probing = asyncio.Lock()
         self.last_image = 0.0
+        self.http = httpx.AsyncClient(timeout=SCRAPE_SECONDS, trust_env=False, verify=False)  # loopback, without TLS
 
     async def start(self) -> None:
         """Verifies the students, starts Triton and makes the warm-up images. Raises BackendFailed."""
@@ -150,15 +153,30 @@ class TritonBackend:
         if client is not None:
             await client.close()
 
+    async def scrape(self) -> str:
+        """The answer of Triton's own metrics endpoint. Raises BackendUnavailable."""
+        if self.client is None or self.server is None or not self.server.alive:
+            raise BackendUnavailable(STARTING)
+        try:
+            answer = await self.http.get(f"http://127.0.0.1:{self.server.metrics_port}/metrics")
+            return answer.raise_for_status().text
+        except httpx.HTTPError:
+            raise BackendUnavailable(STARTING) from None
+
     async def stop(self) -> None:
         """Ends the watching first, so that nothing is started again."""
         if self.watcher is not None:
             self.watcher.cancel()
             await asyncio.gather(self.watcher, return_exceptions=True)
         await self.stop_server()
+        await self.http.aclose()
+
+    def kill(self) -> None:
+        if self.server is not None:
+            self.server.kill_at_once()
 
 
 async def warm_up(client: TritonClient, card: StudentCard) -> StudentCard:
     """Lets a student make an image, and learns its fingerprint from it."""
     made = await client.generate(card.warm_up(), START_SECONDS)
-    return dataclasses.replace(card, fingerprint=made.fingerprint)
+    return card.warmed_up(made)

@@ -14,6 +14,7 @@ from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from server.gateway.backend import (
+    TRACEPARENT,
     BackendFault,
     BackendImage,
     BackendTimeout,
@@ -63,7 +64,8 @@ class TritonClient:
     async def last_response(self, request: ImageRequest, on_preview: OnPreview | None) -> Any:
         """Reads the stream to its end and returns the response that holds the image; closes the stream in any case, which
         cancels the request inside Triton unless it is done."""
-        stream = self.client.stream_infer(one_request(request))
+        trace = TRACEPARENT.get()
+        stream = self.client.stream_infer(one_request(request), headers={"traceparent": trace} if trace else None)
         last = None
         try:
             async for result, error in stream:
@@ -110,7 +112,7 @@ async def one_request(request: ImageRequest) -> AsyncIterator[dict[str, Any]]:
     inputs = [InferInput(name, [1], datatypes[name]) for name in columns]
     for tensor in inputs:
         tensor.set_data_from_numpy(columns[tensor.name()])
-    yield {"model_name": request.student, "inputs": inputs}
+    yield {"model_name": request.student, "inputs": inputs, "parameters": {"probe": True} if request.probe else None}
 
 
 def typed_error(message: str) -> Exception:

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -107,6 +108,12 @@ class TritonServer:
                 self.process.wait(STOP_SECONDS)
         self.kill()
         self.folder.cleanup()
+
+    def kill_at_once(self) -> None:
+        """Kills all and waits for nobody: for a signal handler, which may have interrupted a wait for the same process."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        shutil.rmtree(self.folder.name, ignore_errors=True)
 
     def kill(self) -> None:
         """Kills the whole process group, stubs that lost their server included."""

@@ -1,0 +1,15 @@
+"""GET /metrics, for Prometheus."""
+
+from fastapi import APIRouter, Request, Response
+
+from server.gateway.metrics import scrape
+
+router = APIRouter()
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Prometheus text, or OpenMetrics when the Accept header asks for it."""
+    state = request.app.state
+    content, content_type = await scrape(state.metrics, state.backend, request.headers.get("accept", ""))
+    return Response(content, headers={"Content-Type": content_type})
