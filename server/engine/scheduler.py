@@ -21,7 +21,7 @@ from typing import Protocol
 from server.engine.device import Device
 from server.engine.engine import Engine, Floats, Pixels, Progress, Request, Result, Span
 from server.engine.errors import Cancelled, DeadlineExceeded, EngineError, ShuttingDown
-from server.engine.metrics import MemoryMetrics, Metrics
+from server.engine.metrics import METRICS, MemoryMetrics, Metrics
 
 logger = logging.getLogger("fewstep")
 
@@ -71,6 +71,9 @@ class Scheduler:
     ) -> None:
         self.engine, self.lock, self.clock = engine, lock, clock
         self.metrics = metrics or MemoryMetrics()
+        for name, metric in METRICS.items():
+            if metric.kind == "counter" and not metric.labels:
+                self.metrics.add(name, 0)  # a counter that is there from the start shows its first rise
         self.uncounted = MemoryMetrics()  # where probes are counted, which are nobody's requests
         self.members: list[Member] = []
         self.arrivals: list[Member] = []
