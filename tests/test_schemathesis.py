@@ -64,12 +64,12 @@ def test_every_check_passes_through_triton(triton_server: Server) -> None:
 
 
 def test_every_check_passes_on_a_server_that_asks_for_keys(repository: Path, tmp_path: Path) -> None:
-    key = create(tmp_path / "keys.json", "schemathesis", ["images", "models"], None, None, None)
+    key = create(tmp_path / "keys.json", "schemathesis", ["images", "models", "metrics"], None, None, None)
     server = start_server(repository, "inprocess", "--keys-file", str(tmp_path / "keys.json"))
     authorized = {"Authorization": f"Bearer {key}"}
     document = httpx.get(f"{server.url}/openapi.json", headers=authorized).json()
     secured = {path for path, operations in document["paths"].items() for one in operations.values() if one.get("security")}
-    assert secured == {"/v1/images/generations", "/v1/models", "/v1/models/{model}"}
+    assert secured == {"/v1/images/generations", "/v1/models", "/v1/models/{model}", "/metrics"}
     assert drawn(schemathesis(f"{server.url}/openapi.json", "-H", f"Authorization: Bearer {key}")) > 300
     assert server.stop() == 0
 
