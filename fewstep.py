@@ -455,5 +455,25 @@ def bench_gateway(
             fail(str(error))
 
 
+@bench.command("overload")
+def bench_overload(
+    seconds: Annotated[float, typer.Option(min=0.1, help="of each load")] = 10.0,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """Goodput, waiting and refusals under Poisson arrivals at half to ten times the server's capacity.
+
+    Example: fewstep bench overload --seconds 30
+    """
+    with one_line_errors("triton"):
+        from benchmarks.overload import run
+        from server.engine.errors import EngineError
+
+        try:
+            run(model_repository, student, seconds)
+        except EngineError as error:
+            fail(str(error))
+
+
 if __name__ == "__main__":
     app()

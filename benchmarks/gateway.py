@@ -191,8 +191,8 @@ def http(url: str, accept: str, prompts: Prompts) -> Remote:
 def run(repository: Path, student: str | None, images: int, rounds: int, seconds: float) -> None:
     """Measures, prints what came out, and one line of JSON last. Raises EngineError."""
     engine = open_engine(repository, student)
-    with served(repository) as (url, port):
-        samples = asyncio.run(measure(engine, url, port, images, rounds, seconds))
+    with served(repository) as server:
+        samples = asyncio.run(measure(engine, server.url, server.triton_port, images, rounds, seconds))
     report(engine, samples, {"images": images, "rounds": rounds, "seconds": seconds})
 
 

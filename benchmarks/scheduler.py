@@ -11,7 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class Bench:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.number = engine, 0
+        self.wide = replace(engine, nfe_batch=engine.manifest.max_batch, buffers={})  # static batches may be larger than ours
         self.size = next(iter(engine.manifest.sizes))
         self.short, self.long = min(engine.manifest.nfe), max(engine.manifest.nfe)
 
@@ -107,7 +108,7 @@ class Bench:
     def whole(self, batch: list[Progress]) -> None:
         """A batch from its first NFE to its last decode; who needs fewer NFEs waits for the others."""
         while to_step := [member for member in batch if member.remaining]:
-            self.engine.step(to_step)
+            self.wide.step(to_step)
         for first in range(0, len(batch), self.engine.max_decode_batch):
             part = batch[first : first + self.engine.max_decode_batch]
             self.engine.decode(self.size, [member.latents for member in part])
@@ -159,7 +160,7 @@ class Bench:
             while trace and trace[0][0] <= time.perf_counter() - begin:
                 due, nfe = trace.pop(0)
                 waiting.append((due, self.engine.prepare(self.request(nfe))))
-            batch, waiting = waiting[: self.engine.max_batch], waiting[self.engine.max_batch :]
+            batch, waiting = waiting[: self.wide.max_batch], waiting[self.wide.max_batch :]
             if batch:
                 self.whole([member for _, member in batch])
                 now = time.perf_counter() - begin
@@ -174,7 +175,7 @@ def run(repository: Path, student: str | None, rounds: int, seconds: float) -> N
         for _ in range(20):
             samples["overhead"].append(bench.scheduled(bench.long) / bench.bare(bench.long) - 1)
         for count in CLIENTS:
-            samples[f"static {count}"].append(bench.static(min(count, bench.engine.max_batch), seconds))
+            samples[f"static {count}"].append(bench.static(min(count, bench.engine.manifest.max_batch), seconds))
             samples[f"clients {count}"].append(bench.closed_loop(count, seconds))
         rate = LOAD * max(np.median(samples[f"clients {count}"]) for count in CLIENTS)
         for name, whole in (("whole requests", True), ("scheduler", False)):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -18,17 +19,34 @@ from server.engine.errors import EngineError
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@dataclass(frozen=True)
+class Served:
+    """A running `fewstep serve`: its address, its process, and the port of its Triton."""
+
+    url: str
+    gateway: int
+    triton_port: int
+
+
+class Refused(EngineError):
+    """An answer that is no image. headers: names in lower case."""
+
+    def __init__(self, status: int, headers: dict[str, str], content: bytes) -> None:
+        super().__init__(f"the server answered {status}: {content[:300]!r}")
+        self.status, self.headers = status, headers
+
+
 @contextlib.contextmanager
-def served(repository: Path) -> Iterator[tuple[str, int]]:
-    """A running `fewstep serve`: its address, and the port of its Triton."""
-    command = [sys.executable, str(ROOT / "fewstep.py"), "serve", "--port", "0", "--model-repository", str(repository)]
+def served(repository: Path, *flags: str) -> Iterator[Served]:
+    """Starts a server, and stops it in the end. Raises EngineError."""
+    command = [sys.executable, str(ROOT / "fewstep.py"), "serve", "--port", "0", "--model-repository", str(repository), *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         found = re.search(r"http://[0-9.]+:[0-9]+", process.stdout.readline())
         if found is None:
             raise EngineError("`fewstep serve` did not start; its own words are above")
         try:
-            yield found.group(), triton_port(process.pid)
+            yield Served(found.group(), process.pid, triton_port(process.pid))
         finally:
             process.send_signal(signal.SIGTERM)
 
@@ -38,6 +56,12 @@ def triton_port(gateway: int) -> int:
     children = [pid for file in Path(f"/proc/{gateway}/task").glob("*/children") for pid in file.read_text().split()]
     lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in children]
     return int(re.findall(r"--grpc-port=(\d+)", "\0".join(lines))[0])
+
+
+def resident_bytes(process: int) -> int:
+    """Memory of a process that is in use now."""
+    pages = Path(f"/proc/{process}/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass
@@ -53,7 +77,7 @@ class Connection:
         return cls(*await asyncio.open_connection(address.hostname, address.port))
 
     async def post(self, path: str, document: dict[str, Any], accept: str) -> dict[str, str]:
-        """The headers of the answer, names in lower case; its body is dropped. Raises EngineError unless it is a 200."""
+        """The headers of the answer, names in lower case; its body is dropped. Raises Refused unless it is a 200."""
         body = json.dumps(document).encode()
         head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nAccept: {accept}\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -62,5 +86,5 @@ class Connection:
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
         content = await self.reader.readexactly(int(headers["content-length"]))
         if not status.startswith("HTTP/1.1 200 "):
-            raise EngineError(f"the server answered {status}: {content[:300]!r}")
+            raise Refused(int(status.split()[1]), headers, content)
         return headers

@@ -88,11 +88,11 @@ class TdmRecipe:
 
     teacher: str = "tdm_train/scenes/teacher"
     nfe: tuple[int, ...] = (1, 2, 3, 4)
-    guidance: float = 2.0
+    guidance: float = 2.5
     interval: Literal["separate", "to_terminal"] = "separate"
     prompts: int = 20_000
     text_length: int = 32
-    iterations: int = 1000
+    iterations: int = 2000
     batch: int = 64
     student_lr: float = 3e-4
     fake_lr: float = 1e-3

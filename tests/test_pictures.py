@@ -6,7 +6,7 @@ import pytest
 from benchmarks.evaluate import Evaluation, server_rows
 from tests.conftest import Server
 
-ADHERENCE_AT_LEAST = {1: 0.5, 4: 0.7}  # three standard errors (60 captions) below what 500 give, see the README
+ADHERENCE_AT_LEAST = {1: 0.53, 4: 0.75}  # three standard errors (60 captions) below what 500 give, see the README
 
 
 @pytest.mark.slow

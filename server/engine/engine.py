@@ -20,7 +20,8 @@ from server.engine.session import OnnxSession, Session
 from server.engine.student import GRAPHS, ExportedStudent, StudentManifest, open_student
 from server.engine.text import Text, TextEncoder, open_tokenizer
 
-DECODE_BATCH = 2  # a decode is the longest piece of work, and whoever arrives meanwhile waits for it
+# On a CPU more rows bring little throughput, and whoever arrives meanwhile waits for them: `fewstep bench sessions`.
+NFE_BATCH, DECODE_BATCH = 8, 2
 Determinism = Literal["strict", "fast"]
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -88,7 +89,8 @@ class Result:
 class Engine:
     """A student ready to run. `prepare` may be called from any thread, everything else by one thread at a time.
 
-    fixed_batch: pads every student_step to this many rows, so that every call has one shape (see batch_policy).
+    fixed_batch: pads every student_step to this many rows, so that every call has one shape (see batch_policy); nfe_batch:
+    the most rows otherwise.
     """
 
     manifest: StudentManifest
@@ -98,6 +100,7 @@ class Engine:
     fingerprint_parts: dict[str, str]
     tables: dict[int, Floats] = field(repr=False)
     fixed_batch: int | None = None
+    nfe_batch: int = NFE_BATCH
     buffers: dict[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -120,7 +123,7 @@ class Engine:
     @property
     def max_batch(self) -> int:
         """Rows that one NFE may have."""
-        return self.fixed_batch or self.manifest.max_batch
+        return self.fixed_batch or min(self.nfe_batch, self.manifest.max_batch)
 
     @property
     def max_decode_batch(self) -> int:

@@ -4,9 +4,9 @@ Every tick does one piece of work on the device: one NFE of a batch, or one deco
 steps and have different NFE counts; who arrives joins at the next NFE, who is done leaves at once. Between two pieces of
 work the cancelled and the late are dropped, and images of other students may have the device (device.py).
 
-Who goes first: the earliest deadline, then the earliest arrival. One seat of each NFE is kept for the request that has the
-fewest NFEs left, so that a 1-NFE request never waits behind a full batch of longer ones for more than one NFE; the other
-seats go by deadline and arrival alone, so that nobody starves. NFEs and decodes take turns while both have work.
+Who goes first: the earliest deadline, then the earliest arrival. One seat of each NFE and of each decode is kept for the
+shortest request, so that a 1-NFE request never waits behind a full batch of longer ones for more than one NFE; the other seats
+go by deadline and arrival alone, so that nobody starves. NFEs and decodes take turns while both have work.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from server.engine.device import Device
 from server.engine.engine import Engine, Floats, Pixels, Progress, Request, Result, Span
@@ -24,6 +24,8 @@ from server.engine.errors import Cancelled, DeadlineExceeded, EngineError, Shutt
 from server.engine.metrics import METRICS, MemoryMetrics, Metrics
 
 logger = logging.getLogger("fewstep")
+
+Work = Literal["step", "decode"]
 
 
 class Sink(Protocol):
@@ -59,6 +61,11 @@ class Member:
         return self.deadline, self.arrival
 
     @property
+    def length(self) -> tuple[int, int, tuple[float, int]]:
+        """The fewest NFEs left, then the fewest asked for."""
+        return self.progress.remaining, self.progress.request.nfe, self.urgency
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.progress.latents.shape
 
@@ -81,7 +88,7 @@ class Scheduler:
         self.news = threading.Condition()
         self.closing = False
         self.just_decoded = False
-        self.kept_seat = False
+        self.kept: dict[Work, bool] = {"step": False, "decode": False}
 
     # --- from any thread ---------------------------------------------------------------------------------------------------
 
@@ -141,9 +148,9 @@ class Scheduler:
         to_step = [member for member in self.members if member.progress.remaining]
         to_decode = [member for member in self.members if member.shown or not member.progress.remaining]
         if to_decode and not (to_step and self.just_decoded):
-            self.decode(self.seats(to_decode, self.engine.max_decode_batch, keep=False))
+            self.decode(self.seats(to_decode, self.engine.max_decode_batch, "decode"))
         elif to_step:
-            self.step(self.seats(to_step, self.engine.max_batch, keep=True))
+            self.step(self.seats(to_step, self.engine.max_batch, "step"))
         counted = [member for member in self.members if member.metrics is self.metrics]
         self.metrics.set("fewstep_in_flight", len(counted))
         self.metrics.set("fewstep_queue_depth", sum(not member.progress.step for member in counted))
@@ -158,15 +165,16 @@ class Scheduler:
                 done = f"{member.progress.step} of {member.progress.request.nfe} NFEs"
                 self.fail(member, DeadlineExceeded(f"the deadline passed after {done}"))
 
-    def seats(self, candidates: list[Member], seats: int, keep: bool) -> list[Member]:
-        """The batch: of the most urgent one's size, by urgency, with one seat kept for the fewest NFEs left."""
+    def seats(self, candidates: list[Member], seats: int, work: Work) -> list[Member]:
+        """The batch: of the most urgent one's size, by urgency, with one seat kept for the shortest. Where there is only one
+        seat, it is kept every other time."""
         candidates = sorted(candidates, key=lambda member: member.urgency)
         candidates = [member for member in candidates if member.shape == candidates[0].shape]
         batch = candidates[:seats]
-        if keep and len(candidates) > seats:
-            shortest = min(candidates, key=lambda member: (member.progress.remaining, member.urgency))
-            self.kept_seat = shortest not in batch and (seats > 1 or not self.kept_seat)
-            if self.kept_seat:
+        if len(candidates) > seats:
+            shortest = min(candidates, key=lambda member: member.length)
+            self.kept[work] = shortest not in batch and (seats > 1 or not self.kept[work])
+            if self.kept[work]:
                 batch[-1] = shortest
         return batch
 

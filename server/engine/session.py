@@ -1,5 +1,7 @@
 """One graph, ready to run: the seam between the engine and a runtime."""
 
+import functools
+import os
 import re
 from typing import Any, Protocol
 
@@ -15,7 +17,8 @@ Tensors = dict[str, npt.NDArray[Any]]
 OPTIMISATION_LEVEL = "all"
 PROVIDER = "CPUExecutionProvider"
 DEVICE = "cpu"
-THREADS = 1
+DEFAULT_CPU_THREADS = min(max((os.cpu_count() or 1) // 2, 1), 4)
+THREADS_VARIABLE = "FEWSTEP_CPU_THREADS"
 LOG_FATAL_ONLY = 4  # every error is raised as well, and one line is enough
 
 # A tensor kept in another file names it in an entry whose key (protobuf field 1, 8 bytes) is "location". onnxruntime
@@ -49,12 +52,13 @@ class OnnxSession:
 
     batch_invariant = True  # tests and `fewstep bench determinism` hold it to that
 
-    def __init__(self, graph: str, contents: bytes, threads: int = THREADS) -> None:
+    def __init__(self, graph: str, contents: bytes) -> None:
         """Raises StudentError when `contents` reaches for other files, is refused, or has other tensors than expected."""
+        share_threads()
         if EXTERNAL_DATA.search(contents):
             raise StudentError(f"{graph}.onnx keeps weights in another file, which no digest covers; export it in one file")
         try:
-            self.session = ort.InferenceSession(contents, session_options(threads), providers=[PROVIDER])
+            self.session = ort.InferenceSession(contents, session_options(), providers=[PROVIDER])
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise StudentError(f"{graph}.onnx: onnxruntime refuses it: {first_line(error)}; export the student again") from None
         self.outputs = list(OUTPUTS[graph])
@@ -65,12 +69,33 @@ class OnnxSession:
         return [np.asarray(output) for output in self.session.run(self.outputs, tensors)]
 
 
-def session_options(threads: int) -> ort.SessionOptions:
+def cpu_threads() -> int:
+    """How many threads work on one call: $FEWSTEP_CPU_THREADS, else half of the cores, at most 4. Raises StudentError.
+
+    The other half is for the gateway and Triton: threads wait for each other many times in a call, so one that has lost its
+    core to somebody else holds up all. See benchmarks/results/LOG.md.
+
+    All sessions of a process share one pool. With a pool of its own each, the threads of one graph still spin, waiting for
+    more, when the next graph wants their cores: on two cores an image took twice as long.
+    """
+    told = os.environ.get(THREADS_VARIABLE) or str(DEFAULT_CPU_THREADS)
+    if not re.fullmatch(r"[1-9][0-9]{0,2}", told):
+        raise StudentError(f"${THREADS_VARIABLE} must be a whole number from 1 to 999, got {told!r:.40}")
+    return int(told)
+
+
+@functools.cache
+def share_threads() -> None:
+    """Makes the process's one pool of threads, before its first session."""
+    ort.set_global_thread_pool_sizes(cpu_threads(), 1)
+
+
+def session_options() -> ort.SessionOptions:
     """Every choice that could change a bit, made here and nowhere else."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.use_per_session_threads = False  # see cpu_threads
     options.use_deterministic_compute = True
     options.log_severity_level = LOG_FATAL_ONLY
     options.add_session_config_entry("session.load_model_format", "ONNX")

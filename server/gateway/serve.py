@@ -1,6 +1,7 @@
 """`fewstep serve`: gateway and backend in one process tree that starts whole, stops whole and leaves nothing behind."""
 
 import asyncio
+import os
 import socket
 from typing import Any
 
@@ -27,6 +28,7 @@ def serve(settings: Settings) -> None:
 def open_backend(settings: Settings) -> Backend:
     """The backend, not started. Imports only what this one needs."""
     if settings.backend == "inprocess":
+        os.environ["FEWSTEP_CPU_THREADS"] = str(settings.cpu_threads)  # the engine in this process reads it, as Triton's does
         from server.gateway.inprocess_backend import InProcessBackend
 
         return InProcessBackend(settings.model_repository, settings.determinism)
@@ -35,7 +37,7 @@ def open_backend(settings: Settings) -> Backend:
     find_triton()  # first, since without the wheel there is no client to import either
     from server.gateway.triton_backend import TritonBackend
 
-    return TritonBackend(settings.model_repository, settings.determinism)
+    return TritonBackend(settings.model_repository, settings.determinism, settings.cpu_threads)
 
 
 def listen(host: str, port: int) -> socket.socket:

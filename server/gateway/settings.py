@@ -59,6 +59,12 @@ class Settings(BaseSettings):
         "strict",
         description="where bits depend on the batch (not on CPUs): strict pads every batch to one shape, fast does not",
     )
+    cpu_threads: int = Field(
+        min(max((os.cpu_count() or 1) // 2, 1), 4),
+        ge=1,
+        le=999,
+        description="threads that work on one NFE, by default half of the cores; they change no pixel",
+    )
     keys_file: Path | None = Field(None, description="file of API keys (see `fewstep keys`); with it, requests need a key")
     allow_no_keys: bool = Field(False, description="listen off loopback without keys: anyone who reaches the port may draw")
     key_share: float = Field(0.5, gt=0, le=1, description="share of max_queue_seconds that one key may hold, 0 to 1")

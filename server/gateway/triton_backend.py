@@ -39,8 +39,9 @@ STARTING = "the image backend is starting; send the request again"
 class TritonBackend:
     """Owns the tritonserver process, its client and the task that watches both."""
 
-    def __init__(self, repository: Path, determinism: str = "strict") -> None:
-        self.repository, self.determinism = repository, determinism
+    def __init__(self, repository: Path, determinism: str = "strict", cpu_threads: int = 2) -> None:
+        self.repository = repository
+        self.engine = {"FEWSTEP_DETERMINISM": determinism, "FEWSTEP_CPU_THREADS": str(cpu_threads)}
         self.students: dict[str, StudentCard] = {}
         self.server: TritonServer | None = None
         self.client: TritonClient | None = None
@@ -65,7 +66,7 @@ class TritonBackend:
 
     async def start_server(self) -> None:
         """One run of tritonserver up to its warm-up images. Raises BackendFailed, leaving no process behind."""
-        self.server = TritonServer(self.installation, self.repository, self.names, self.determinism)
+        self.server = TritonServer(self.installation, self.repository, self.names, self.engine)
         client = TritonClient(self.server.port)
         try:
             async with asyncio.timeout(START_SECONDS):
@@ -148,6 +149,8 @@ class TritonBackend:
         """Ends the process and the client; what was under way fails with BackendUnavailable."""
         client, self.client = self.client, None
         server, self.server = self.server, None
+        if client is not None:
+            client.hang_up()
         if server is not None:
             await asyncio.to_thread(server.stop)
         if client is not None:

@@ -61,8 +61,8 @@ def find_triton() -> Installation:
 class TritonServer:
     """One run of tritonserver with its own port, log and backend folder."""
 
-    def __init__(self, installation: Installation, repository: Path, students: list[str], determinism: str = "strict") -> None:
-        """Starts the process; it is not ready yet. determinism: strict or fast, for the students' engines."""
+    def __init__(self, installation: Installation, repository: Path, students: list[str], engine: dict[str, str]) -> None:
+        """Starts the process; it is not ready yet. engine: what the students' engines are told, as environment variables."""
         self.folder = tempfile.TemporaryDirectory(prefix="fewstep-triton-")
         folder = Path(self.folder.name)
         self.log = folder / "log"
@@ -76,7 +76,7 @@ class TritonServer:
             self.process = subprocess.Popen(
                 command,
                 cwd=PROJECT,
-                env=environment(installation) | {"FEWSTEP_DETERMINISM": determinism},
+                env=environment(installation) | engine,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -1,0 +1,142 @@
+"""What the server does when more is asked of it than it can give: open-loop Poisson arrivals at shares of its capacity.
+
+Capacity is measured first, by a closed loop. Latency counts from the intended moment of sending, so that a server that holds
+senders up cannot look better for it. Wanted: goodput that does not fall as the load grows, a bounded wait for whoever is let
+in, refusals within milliseconds with an honest Retry-After, and memory that stays where it was.
+"""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.server import Connection, Refused, resident_bytes, served
+from server.engine.fingerprint import device_class
+from server.generate import open_engine
+
+PATH = "/v1/images/generations"
+SHARES = (0.5, 0.7, 0.9, 1.2, 2.0, 10.0)
+QUEUE_SECONDS = 2.0
+CLIENTS = 16
+
+
+@dataclass
+class Load:
+    """What came of one share of capacity. Milliseconds from the intended sending, or of a refusal from its real one."""
+
+    share: float
+    accepted: list[float] = field(default_factory=list)
+    refused: list[float] = field(default_factory=list)
+    statuses: Counter[int] = field(default_factory=Counter)
+    without_retry_after: int = 0
+    seconds: float = 0.0
+
+
+class Callers:
+    """Kept connections to one server, as many as are needed at once."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.idle = url, list[Connection]()
+        self.number = 0
+
+    async def post(self) -> None:
+        """One image nobody has asked for before. Raises Refused."""
+        self.number += 1
+        connection = self.idle.pop() if self.idle else await Connection.open(self.url)
+        try:
+            asked = {"prompt": f"a red circle above a blue square {self.number}", "seed": self.number}
+            await connection.post(PATH, asked, "image/png")
+        finally:
+            self.idle.append(connection)
+
+
+async def capacity(callers: Callers, seconds: float) -> float:
+    """Images per second of a closed loop."""
+    begin, made = time.perf_counter(), 0
+
+    async def client() -> None:
+        nonlocal made
+        while time.perf_counter() - begin < seconds:
+            await callers.post()
+            made += 1
+
+    await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    return made / (time.perf_counter() - begin)
+
+
+async def offer(callers: Callers, share: float, rate: float, seconds: float, seed: int) -> Load:
+    """Poisson arrivals at `rate` for so many seconds, and the answers to all of them."""
+    load, begin = Load(share), time.perf_counter()
+    due = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, int(rate * seconds)))
+
+    async def one(intended: float) -> None:
+        sent = time.perf_counter()
+        try:
+            await callers.post()
+            load.accepted.append(1000 * (time.perf_counter() - begin - intended))
+            load.statuses[200] += 1
+        except Refused as refusal:
+            load.refused.append(1000 * (time.perf_counter() - sent))
+            load.statuses[refusal.status] += 1
+            load.without_retry_after += "retry-after" not in refusal.headers
+
+    async with asyncio.TaskGroup() as group:
+        for intended in due.tolist():
+            await asyncio.sleep(max(begin + intended - time.perf_counter(), 0))
+            group.create_task(one(intended))
+    load.seconds = time.perf_counter() - begin
+    return load
+
+
+def run(repository: Path, student: str | None, seconds: float) -> None:
+    """Measures, prints the table, and one line of JSON last. Raises EngineError."""
+    engine = open_engine(repository, student)
+    document: dict[str, Any] = {"benchmark": "overload", "student": engine.manifest.name, "fingerprint": engine.fingerprint}
+    document |= {"device": device_class(), "seconds": seconds, "queue_seconds": QUEUE_SECONDS}
+    with served(repository, "--set", f"max_queue_seconds={QUEUE_SECONDS}") as server:
+        document |= asyncio.run(measure(server.url, server.gateway, seconds))
+    report(document)
+
+
+async def measure(url: str, gateway: int, seconds: float) -> dict[str, Any]:
+    """Capacity, then every share of it; the gateway's resident memory before and after."""
+    callers = Callers(url)
+    await capacity(callers, 1.0)
+    found = await capacity(callers, seconds)
+    before, loads = resident_bytes(gateway), []
+    for share in tqdm(SHARES, desc="loads", dynamic_ncols=True):
+        loads.append(summary(await offer(callers, share, share * found, seconds, seed=round(10 * share))))
+    grown = (resident_bytes(gateway) - before) / 1e6
+    return {"capacity": round(found, 2), "loads": loads, "gateway_grew_mb": round(grown, 1)}
+
+
+def summary(load: Load) -> dict[str, Any]:
+    """Goodput counts images over the time until the last of them was there."""
+    quantile = lambda values, q: round(float(np.percentile(values, q)), 2) if values else None  # noqa: E731
+    return {
+        "share": load.share,
+        "goodput": round(len(load.accepted) / load.seconds, 2),
+        "accepted_ms": {name: quantile(load.accepted, q) for name, q in (("p50", 50), ("p95", 95), ("p99", 99))},
+        "refused_ms": {name: quantile(load.refused, q) for name, q in (("p50", 50), ("p99", 99), ("max", 100))},
+        "statuses": {str(status): count for status, count in sorted(load.statuses.items())},
+        "refused_without_retry_after": load.without_retry_after,
+    }
+
+
+def report(document: dict[str, Any]) -> None:
+    """For people; the JSON line that follows is for machines."""
+    print(f"capacity {document['capacity']} images/s; a queue of {document['queue_seconds']} s; the gateway grew by ", end="")
+    print(f"{document['gateway_grew_mb']} MB")
+    print(f"{'load':<8}{'images/s':>10}{'p50 ms':>10}{'p99 ms':>10}{'refused':>10}{'p50 ms':>10}{'p99 ms':>10}")
+    for load in document["loads"]:
+        refused = sum(count for status, count in load["statuses"].items() if status != "200")
+        numbers = [load["goodput"], load["accepted_ms"]["p50"], load["accepted_ms"]["p99"], refused]
+        numbers += [load["refused_ms"]["p50"], load["refused_ms"]["p99"]]
+        print(f"{load['share']:<8}" + "".join(f"{'' if number is None else number:>10}" for number in numbers))
+    print(json.dumps(document))
