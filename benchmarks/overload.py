@@ -21,9 +21,10 @@ from server.engine.fingerprint import device_class
 from server.generate import open_engine
 
 PATH = "/v1/images/generations"
-SHARES = (0.5, 0.7, 0.9, 1.2, 2.0, 10.0)
+SHARES = (0.5, 0.7, 0.9, 1.2, 2.0, 4.0, 10.0)
 QUEUE_SECONDS = 2.0
 CLIENTS = 16
+KEPT_SECONDS = 2.0
 
 
 @dataclass
@@ -39,21 +40,22 @@ class Load:
 
 
 class Callers:
-    """Kept connections to one server, as many as are needed at once."""
+    """Kept connections to one server, as many as are needed at once; the server closes those that are idle for long."""
 
     def __init__(self, url: str) -> None:
-        self.url, self.idle = url, list[Connection]()
-        self.number = 0
+        self.url, self.number = url, 0
+        self.idle: list[tuple[float, Connection]] = []  # since when
 
     async def post(self) -> None:
         """One image nobody has asked for before. Raises Refused."""
         self.number += 1
-        connection = self.idle.pop() if self.idle else await Connection.open(self.url)
+        since, kept = self.idle.pop() if self.idle else (0.0, None)
+        connection = kept if kept and time.monotonic() - since < KEPT_SECONDS else await Connection.open(self.url)
         try:
             asked = {"prompt": f"a red circle above a blue square {self.number}", "seed": self.number}
             await connection.post(PATH, asked, "image/png")
         finally:
-            self.idle.append(connection)
+            self.idle.append((time.monotonic(), connection))
 
 
 async def capacity(callers: Callers, seconds: float) -> float:

@@ -1,6 +1,8 @@
 """Work is taken in while it can be done in time, refused at once with an honest Retry-After, and never leaks."""
 
+import asyncio
 import dataclasses
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,14 @@ import pytest
 
 from server.engine.student import open_student
 from server.engine.triton_config import student_parameters
-from server.gateway.admission import Admission, Cost
+from server.gateway.admission import Admission, Cost, Ticket
+from server.gateway.app import create_app
 from server.gateway.backend import BackendImage, Span, StudentCard
 from server.gateway.errors import ApiError
+from server.gateway.inprocess_backend import InProcessBackend
 from server.gateway.plan import Plan, make_plan
 from server.gateway.schemas import ImageGeneration
+from server.gateway.settings import Settings
 
 
 class Clock:
@@ -116,3 +121,35 @@ def test_costs_are_learned_as_each_row_s_share_of_its_batch(plan: Plan) -> None:
     for _ in range(100):
         admission.learn(plan, image)
     assert admission.predict(plan, 2) == pytest.approx(2 * (4 * 0.1 + 0.3), rel=0.01)
+
+
+def test_a_full_server_refuses_before_it_reads(plan: Plan) -> None:
+    admission = office(limit=10)
+    admission.check_room("a")
+    with admission.admitted("a", plan, 9):
+        admission.check_room("a")
+        with admission.admitted("a", plan, 1), pytest.raises(ApiError) as caught:
+            admission.check_room("b")
+    assert (caught.value.status, caught.value.code) == (503, "overloaded")
+    admission.check_room("b")
+
+
+def test_the_body_of_a_refused_request_is_not_read(tiny_repository: Path) -> None:
+    backend = InProcessBackend(tiny_repository)
+    app = create_app(backend, Settings())
+    admission: Admission = app.state.pipeline.admission
+    admission.limit_seconds = 1.0
+    admission.tickets.add(Ticket("somebody", 5.0, time.monotonic() + 60))
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        raise AssertionError("the body was read")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    path = "/v1/images/generations"
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "headers": [], "query_string": b""}
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 503
+    assert dict(sent[0]["headers"])[b"retry-after"] == b"4"

@@ -271,6 +271,10 @@ def test_models_say_what_is_legal(client: TestClient) -> None:
     assert model["fingerprint"] == ask(client).json()["fingerprint"]
 
 
+def test_the_default_student_is_told_to_scripts_that_ask_for_it(client: TestClient) -> None:
+    assert client.get("/v1/model_info").json() == {"model_path": "tiny", "model": client.get("/v1/models/tiny").json()}
+
+
 def test_health_routes_and_documentation_answer(client: TestClient) -> None:
     for path in ("/livez", "/readyz", "/health", "/docs"):
         assert client.get(path).status_code == 200

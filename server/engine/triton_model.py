@@ -3,6 +3,7 @@
 Only this file and triton_metrics.py import triton_python_backend_utils, which exists inside Triton's stub process alone.
 """
 
+import gc
 import json
 import logging
 import os
@@ -36,6 +37,7 @@ class TritonPythonModel:
         self.metrics = TritonMetrics(engine.manifest.name)
         self.scheduler = Scheduler(engine, DeviceLock(DEVICE, Priority.HIGH), self.metrics)
         self.thread = self.scheduler.start()
+        gc.freeze()  # what is here now stays, and need not be looked through while requests wait
         # Calls into Triton's process take tenths of a millisecond, in which the device would wait.
         self.sending = ThreadPoolExecutor(1, "send")
         self.polling = ThreadPoolExecutor(1, "poll")

@@ -58,6 +58,11 @@ class Admission:
         finally:
             self.tickets.remove(ticket)
 
+    def check_room(self, who: str) -> None:
+        """Raises ApiError 429 or 503 when not even the cheapest image would be let in."""
+        cheapest = min((cost.nfe + cost.image for cost in self.costs.values()), default=0.0)
+        self.check(Ticket(who, cheapest, math.inf))
+
     def predict(self, plan: Plan, images: int) -> float:
         """Seconds of the device."""
         cost = self.costs[plan.student.name, plan.size]

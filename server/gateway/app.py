@@ -21,6 +21,7 @@ from server.gateway.readiness import Readiness
 from server.gateway.result_files import ResultFiles
 from server.gateway.results import Results
 from server.gateway.settings import Settings
+from server.gateway.shedding import Shedding
 
 
 def create_app(backend: Backend, settings: Settings) -> FastAPI:
@@ -41,6 +42,7 @@ def create_app(backend: Backend, settings: Settings) -> FastAPI:
     app.include_router(routes_playground.router)
     app.include_router(routes_metrics.router)
     # From the inside out. Other origins' preflights carry no key, so they are answered before anybody asks for one.
+    app.add_middleware(Shedding, admission=app.state.pipeline.admission)
     app.add_middleware(Gate, drain=app.state.drain)
     app.add_middleware(Auth, keys=app.state.keys)
     if settings.cors_origins:

@@ -169,6 +169,13 @@ class ModelList(Answer):
     data: list[Model]
 
 
+class ModelInfo(Answer):
+    """The default student. model_path: its name, under the key that SGLang's benchmark reads."""
+
+    model_path: str
+    model: Model
+
+
 class Status(Answer):
     """alive or ready."""
 

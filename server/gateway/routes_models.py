@@ -9,7 +9,7 @@ from server.gateway.backend import Backend, StudentCard
 from server.gateway.drain import RETRY_AFTER
 from server.gateway.errors import ApiError
 from server.gateway.plan import find_student
-from server.gateway.responses import Model, ModelList, Status, errors
+from server.gateway.responses import Model, ModelInfo, ModelList, Status, errors
 
 router = APIRouter()
 
@@ -24,6 +24,13 @@ async def list_models(request: Request) -> dict[str, Any]:
 async def get_model(model: str, request: Request) -> dict[str, Any]:
     """One student."""
     return describe(find_student(model, students(request)), request)
+
+
+@router.get("/v1/model_info", response_model=ModelInfo, responses=errors(500, 503))
+async def model_info(request: Request) -> dict[str, Any]:
+    """The default student, for benchmark scripts that ask for a model's name before they begin."""
+    card = find_student(None, students(request))
+    return {"model_path": card.name, "model": describe(card, request)}
 
 
 @router.get("/livez", response_model=Status)

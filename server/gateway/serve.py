@@ -1,6 +1,7 @@
 """`fewstep serve`: gateway and backend in one process tree that starts whole, stops whole and leaves nothing behind."""
 
 import asyncio
+import gc
 import os
 import socket
 from typing import Any
@@ -68,6 +69,8 @@ async def serve_on(listener: socket.socket, backend: Backend, settings: Settings
         if starting.done():
             starting.result()
             server.announced()
+            gc.collect()
+            gc.freeze()  # what is here now stays, and need not be looked through while requests wait
             print(ready_line(listener, backend, settings), flush=True)
         await serving
     finally:
