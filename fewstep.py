@@ -3,14 +3,15 @@
 import ast
 import os
 import re
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from benchmarks.commands import bench
+from server.gateway.keys_commands import keys
+from server.terminal import fail, one_line_errors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +20,8 @@ app = typer.Typer(
     help="Few-step TDM students: train, export, serve and measure them.",
 )
 ROOT = Path(__file__).resolve().parent
+app.add_typer(keys, name="keys")
+app.add_typer(bench, name="bench")
 
 
 @app.callback()
@@ -27,24 +30,6 @@ def main() -> None:
     # Inherited by training's processes; what these libraries say below an error is about themselves.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
-@contextmanager
-def one_line_errors(extra: str) -> Iterator[None]:
-    """Turns a user's error into one line on stderr and exit code 1; a missing package into how to install it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        fail(f"{error.name} is not installed: run `make venv`, or `pip install --editable '.[{extra}]'` in the checkout")
-    except (ValueError, OSError) as error:
-        fail(" ".join(str(error).split()))
-
-
-def fail(*messages: str) -> None:
-    """Says what went wrong, a line each, and ends with exit code 1."""
-    for message in messages:
-        print(f"fewstep: {message}", file=sys.stderr)
-    raise typer.Exit(1)
 
 
 @app.command()
@@ -216,13 +201,9 @@ def generate(
     Example: fewstep generate "a red circle above a blue square" --seed 7 --nfe 4 --out out.png
     """
     with one_line_errors("triton"):
-        from server.engine.errors import EngineError
         from server.generate import generate_file
 
-        try:
-            print(generate_file(prompt, out, seed, nfe, size, student, model_repository, embed_prompt, trace))
-        except EngineError as error:
-            fail(str(error))
+        print(generate_file(prompt, out, seed, nfe, size, student, model_repository, embed_prompt, trace))
 
 
 @app.command()
@@ -236,243 +217,12 @@ def replay(
     Example: fewstep replay out.png --prompt "a red circle above a blue square"
     """
     with one_line_errors("triton"):
-        from server.engine.errors import EngineError
         from server.replay import replay
 
-        try:
-            outcome = replay(file, prompt, model_repository)
-        except EngineError as error:
-            fail(str(error))
+        outcome = replay(file, prompt, model_repository)
         print("\n".join(outcome.lines))
         if not outcome.identical:
             raise typer.Exit(1)
-
-
-keys = typer.Typer(no_args_is_help=True, help="API keys of `fewstep serve`: made, shown and revoked while it runs.")
-app.add_typer(keys, name="keys")
-KeysFile = Annotated[Path | None, typer.Option(help="the file (default: the setting keys_file, as `fewstep serve` has it)")]
-
-
-@keys.command("create")
-def keys_create(
-    name: Annotated[str, typer.Argument(help="whose key it is, for you to remember")],
-    keys_file: KeysFile = None,
-    scopes: Annotated[str, typer.Option(help="of images, videos, models, metrics")] = "images,videos,models",
-    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="in any 60 seconds; default: no bound")] = None,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="requests at once; default: no bound")] = None,
-    expires: Annotated[int | None, typer.Option(min=1, max=36500, help="days from now; default: never")] = None,
-) -> None:
-    """Makes a key and prints it, this once: the file keeps only what is needed to know it again.
-
-    Example: fewstep keys create alice --keys-file keys.json --requests-per-minute 60
-    """
-    with one_line_errors("triton"):
-        from server.gateway.keys import create
-
-        file = configured(keys_file)
-        print(create(file, name, scopes.split(","), requests_per_minute, concurrency, expires))
-        print(f"kept nowhere else, so store it now; `fewstep serve --keys-file {file}` asks for it", file=sys.stderr)
-
-
-@keys.command("list")
-def keys_list(keys_file: KeysFile = None) -> None:
-    """Shows all keys by their prefixes, the revoked and expired ones too.
-
-    Example: fewstep keys list --keys-file keys.json
-    """
-    with one_line_errors("triton"):
-        from server.gateway.keys import read, table
-
-        print(table(read(configured(keys_file)).keys))
-
-
-@keys.command("revoke")
-def keys_revoke(
-    prefix: Annotated[str, typer.Argument(help="the eight characters after fs_, as `fewstep keys list` shows them")],
-    keys_file: KeysFile = None,
-) -> None:
-    """Revokes a key for good; a running server refuses it within a second.
-
-    Example: fewstep keys revoke 0a1b2c3d --keys-file keys.json
-    """
-    with one_line_errors("triton"):
-        from server.gateway.keys import revoke
-
-        key = revoke(configured(keys_file), prefix)
-        print(f"{key.prefix} ({key.name}) is revoked")
-
-
-def configured(keys_file: Path | None) -> Path:
-    """The file of keys that was named, or else the one that `fewstep serve` would use here. Raises ValueError."""
-    from server.gateway.settings import SettingsError, load
-
-    try:
-        found = keys_file or load({})[0].keys_file
-    except SettingsError as error:
-        raise ValueError(f"{error}; or name the file with --keys-file") from None
-    if found is None:
-        raise ValueError("no file of keys is configured: name one with --keys-file, FEWSTEP_KEYS_FILE or in fewstep.toml")
-    return found
-
-
-bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each ends in one line of JSON.")
-app.add_typer(bench, name="bench")
-
-
-@bench.callback()
-def benchmarks() -> None:
-    """Benchmarks; each ends in one line of JSON."""
-
-
-@bench.command("nfe")
-def bench_nfe(
-    runs: Annotated[int, typer.Option(min=3, help="measured pictures for each NFE count")] = 30,
-    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
-    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
-) -> None:
-    """Milliseconds of every stage, and the law T(n) = a + b n over NFE counts n.
-
-    Example: fewstep bench nfe --runs 30
-    """
-    with one_line_errors("triton"):
-        from benchmarks.nfe import run
-        from server.engine.errors import EngineError
-
-        try:
-            run(model_repository, student, runs)
-        except EngineError as error:
-            fail(str(error))
-
-
-@bench.command("determinism")
-def bench_determinism(
-    trials: Annotated[int, typer.Option(min=1, help="random batches")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, help="which batches")] = 0,
-    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
-    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
-) -> None:
-    """Random batches of every size and slot, with mates of all kinds: no request's bits may change. Exit code 1: one did.
-
-    Example: fewstep bench determinism --trials 1000
-    """
-    with one_line_errors("triton"):
-        from benchmarks.determinism import run
-        from server.engine.errors import EngineError
-
-        try:
-            failures = run(model_repository, student, trials, seed)
-        except EngineError as error:
-            fail(str(error))
-        if failures:
-            raise typer.Exit(1)
-
-
-@bench.command("scheduler")
-def bench_scheduler(
-    rounds: Annotated[int, typer.Option(min=1, help="interleaved repetitions of everything")] = 5,
-    seconds: Annotated[
-        float, typer.Option(min=0.1, help="of each throughput measurement; the mix takes five times as long")
-    ] = 2.0,
-    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
-    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
-) -> None:
-    """What the NFE scheduler costs at batch 1, its throughput against static batches, and its tail in a mix.
-
-    Example: fewstep bench scheduler --rounds 5
-    """
-    with one_line_errors("triton"):
-        from benchmarks.scheduler import run
-        from server.engine.errors import EngineError
-
-        try:
-            run(model_repository, student, rounds, seconds)
-        except EngineError as error:
-            fail(str(error))
-
-
-@bench.command("sessions")
-def bench_sessions(
-    rounds: Annotated[int, typer.Option(min=1, help="interleaved calls of every variant")] = 50,
-    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
-    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
-) -> None:
-    """Milliseconds per row of an NFE and of a decode, by threads and batch, and whether bits change with the threads.
-
-    Example: fewstep bench sessions --rounds 50
-    """
-    with one_line_errors("triton"):
-        from benchmarks.sessions import run
-        from server.engine.errors import EngineError
-
-        try:
-            run(model_repository, student, rounds)
-        except EngineError as error:
-            fail(str(error))
-
-
-@bench.command("encoders")
-def bench_encoders(
-    rounds: Annotated[int, typer.Option(min=1, help="interleaved repetitions of everything")] = 15,
-    side: Annotated[
-        list[int] | None, typer.Option(min=16, help="of made-up pictures, in pixels; may be repeated; default: 512 and 1024")
-    ] = None,
-    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
-    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
-) -> None:
-    """Encoders of png, jpeg and webp side by side, and what base64 and JSON add. Measures those that are installed.
-
-    Example: fewstep bench encoders --side 512 --side 1024
-    """
-    with one_line_errors("triton"):
-        from benchmarks.encoders import run
-        from server.engine.errors import EngineError
-
-        try:
-            run(model_repository, student, rounds, side or [512, 1024])
-        except EngineError as error:
-            fail(str(error))
-
-
-@bench.command("gateway")
-def bench_gateway(
-    images: Annotated[int, typer.Option(min=3, help="images alone, of each way, in a round")] = 50,
-    rounds: Annotated[int, typer.Option(min=1, help="interleaved repetitions of everything")] = 5,
-    seconds: Annotated[float, typer.Option(min=0.1, help="of each closed loop of 16 clients")] = 4.0,
-    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
-    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
-) -> None:
-    """What the gateway and Triton cost on top of the engine, one at a time and 16 at once, as bytes and as base64.
-
-    Example: fewstep bench gateway --rounds 5
-    """
-    with one_line_errors("triton"):
-        from benchmarks.gateway import run
-        from server.engine.errors import EngineError
-
-        try:
-            run(model_repository, student, images, rounds, seconds)
-        except EngineError as error:
-            fail(str(error))
-
-
-@bench.command("overload")
-def bench_overload(
-    seconds: Annotated[float, typer.Option(min=0.1, help="of each load")] = 10.0,
-    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
-    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
-) -> None:
-    """Goodput, waiting and refusals under Poisson arrivals at half to ten times the server's capacity.
-
-    Example: fewstep bench overload --seconds 30
-    """
-    with one_line_errors("triton"):
-        from benchmarks.overload import run
-        from server.engine.errors import EngineError
-
-        try:
-            run(model_repository, student, seconds)
-        except EngineError as error:
-            fail(str(error))
 
 
 if __name__ == "__main__":

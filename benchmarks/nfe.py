@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from server.engine.engine import Engine, Request
 from server.engine.fingerprint import device_class
+from server.engine.session import cpu_threads
 from server.gateway.media import encode_now
 from server.generate import open_engine
 
@@ -52,7 +53,9 @@ def measure(engine: Engine, runs: int) -> Samples:
 
 def one_picture(engine: Engine, nfe: int, seed: int) -> dict[str, float]:
     """Milliseconds of every stage of one picture, and their sum."""
-    result = engine.run(Request(PROMPTS[seed % len(PROMPTS)], seed, 0, nfe, next(iter(engine.manifest.sizes))))
+    result = engine.run(
+        Request(f"{PROMPTS[seed % len(PROMPTS)]} {seed} {nfe}", seed, 0, nfe, next(iter(engine.manifest.sizes)))
+    )
     spent = result.nanoseconds | {"image_encode": encode_now(result.image, "png").nanoseconds}
     milliseconds = {stage: nanoseconds / 1e6 for stage, nanoseconds in spent.items()}
     return milliseconds | {"total": sum(milliseconds.values())}
@@ -66,6 +69,7 @@ def describe(engine: Engine, samples: Samples, runs: int) -> dict[str, Any]:
         "student": engine.manifest.name,
         "fingerprint": engine.fingerprint,
         "device": device_class(),
+        "threads": cpu_threads(),
         "size": next(iter(engine.manifest.sizes)),
         "runs": runs,
         "unit": "ms",
@@ -106,7 +110,8 @@ def fit(counts: npt.NDArray[Any], runs: npt.NDArray[np.float64]) -> tuple[float,
 
 def print_table(document: dict[str, Any]) -> None:
     """For people; the JSON line that follows is for machines."""
-    print(f"{document['student']} {document['size']}, {document['runs']} runs per NFE count, one thread, {document['device']}")
+    print(f"{document['student']} {document['size']}, {document['runs']} runs per NFE count, ", end="")
+    print(f"{document['threads']} thread(s), {document['device']}")
     print(f"{'stage':<16}{'median ms':>12}{'p95 ms':>12}")
     rows = document["stages"] | {f"T({nfe})": values for nfe, values in document["totals"].items()}
     for name, values in rows.items():

@@ -1,0 +1,139 @@
+"""`fewstep bench ...`: every benchmark by one command. Each imports what it needs when it runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.terminal import one_line_errors
+
+ROOT = Path(__file__).resolve().parent.parent
+bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each ends in one line of JSON.")
+
+
+@bench.callback()
+def benchmarks() -> None:
+    """Benchmarks; each ends in one line of JSON."""
+
+
+@bench.command("nfe")
+def bench_nfe(
+    runs: Annotated[int, typer.Option(min=3, help="measured pictures for each NFE count")] = 30,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """Milliseconds of every stage, and the law T(n) = a + b n over NFE counts n.
+
+    Example: fewstep bench nfe --runs 30
+    """
+    with one_line_errors("triton"):
+        from benchmarks.nfe import run
+
+        run(model_repository, student, runs)
+
+
+@bench.command("determinism")
+def bench_determinism(
+    trials: Annotated[int, typer.Option(min=1, help="random batches")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="which batches")] = 0,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """Random batches of every size and slot, with mates of all kinds: no request's bits may change. Exit code 1: one did.
+
+    Example: fewstep bench determinism --trials 1000
+    """
+    with one_line_errors("triton"):
+        from benchmarks.determinism import run
+
+        failures = run(model_repository, student, trials, seed)
+        if failures:
+            raise typer.Exit(1)
+
+
+@bench.command("scheduler")
+def bench_scheduler(
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved repetitions of everything")] = 5,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="of each throughput measurement; the mix takes five times as long")
+    ] = 2.0,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """What the NFE scheduler costs at batch 1, its throughput against static batches, and its tail in a mix.
+
+    Example: fewstep bench scheduler --rounds 5
+    """
+    with one_line_errors("triton"):
+        from benchmarks.scheduler import run
+
+        run(model_repository, student, rounds, seconds)
+
+
+@bench.command("sessions")
+def bench_sessions(
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved calls of every variant")] = 50,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """Milliseconds per row of an NFE and of a decode, by threads and batch, and whether bits change with the threads.
+
+    Example: fewstep bench sessions --rounds 50
+    """
+    with one_line_errors("triton"):
+        from benchmarks.sessions import run
+
+        run(model_repository, student, rounds)
+
+
+@bench.command("encoders")
+def bench_encoders(
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved repetitions of everything")] = 15,
+    side: Annotated[
+        list[int] | None, typer.Option(min=16, help="of made-up pictures, in pixels; may be repeated; default: 512 and 1024")
+    ] = None,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """Encoders of png, jpeg and webp side by side, and what base64 and JSON add. Measures those that are installed.
+
+    Example: fewstep bench encoders --side 512 --side 1024
+    """
+    with one_line_errors("triton"):
+        from benchmarks.encoders import run
+
+        run(model_repository, student, rounds, side or [512, 1024])
+
+
+@bench.command("gateway")
+def bench_gateway(
+    images: Annotated[int, typer.Option(min=3, help="images alone, of each way, in a round")] = 50,
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved repetitions of everything")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.1, help="of each closed loop of 16 clients")] = 4.0,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """What the gateway and Triton cost on top of the engine, one at a time and 16 at once, as bytes and as base64.
+
+    Example: fewstep bench gateway --rounds 5
+    """
+    with one_line_errors("triton"):
+        from benchmarks.gateway import run
+
+        run(model_repository, student, images, rounds, seconds)
+
+
+@bench.command("overload")
+def bench_overload(
+    seconds: Annotated[float, typer.Option(min=0.1, help="of each load")] = 10.0,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """Goodput, waiting and refusals under Poisson arrivals at half to ten times the server's capacity.
+
+    Example: fewstep bench overload --seconds 30
+    """
+    with one_line_errors("triton"):
+        from benchmarks.overload import run
+
+        run(model_repository, student, seconds)
