@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.device import DeviceLock, Priority
+from server.engine.device import DeviceLock, Priority, priority_of
 from server.engine.errors import StudentError
 from tests.conftest import ROOT
 
@@ -104,3 +104,7 @@ def test_a_lock_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     with pytest.raises(StudentError, match="belongs to somebody else"):
         DeviceLock("cpu", Priority.HIGH)
+
+
+def test_videos_give_way_to_images() -> None:
+    assert (priority_of("image"), priority_of("video")) == (Priority.HIGH, Priority.LOW)

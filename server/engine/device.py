@@ -49,6 +49,11 @@ class FreeDevice:
         return nullcontext()
 
 
+def priority_of(media_type: str) -> Priority:
+    """Of a student's work: an image waits for at most one NFE of a video."""
+    return Priority.LOW if media_type == "video" else Priority.HIGH
+
+
 class DeviceLock:
     """The lock of one device as one thread sees it. Not to be shared between threads."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb
 
-from server.engine.device import DeviceLock, Priority
+from server.engine.device import DeviceLock, priority_of
 from server.engine.engine import Determinism, Engine, Pixels, Request, Result
 from server.engine.errors import Cancelled, EngineError, StudentError, to_wire
 from server.engine.scheduler import Scheduler
@@ -35,7 +35,7 @@ class TritonPythonModel:
         engine = Engine.open(version.parent, determinism())
         check_config(json.loads(args["model_config"]), engine.manifest.digest())
         self.metrics = TritonMetrics(engine.manifest.name)
-        self.scheduler = Scheduler(engine, DeviceLock(DEVICE, Priority.HIGH), self.metrics)
+        self.scheduler = Scheduler(engine, DeviceLock(DEVICE, priority_of(engine.manifest.media_type)), self.metrics)
         self.thread = self.scheduler.start()
         gc.freeze()  # what is here now stays, and need not be looked through while requests wait
         # Calls into Triton's process take tenths of a millisecond, in which the device would wait.

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from server.engine.device import DeviceLock, Priority
+from server.engine.device import DeviceLock, priority_of
 from server.engine.engine import Determinism, Engine, Pixels, Request, Result
 from server.engine.errors import EngineError, StudentError
 from server.engine.exposition import exposition
@@ -34,7 +34,8 @@ class InProcessBackend:
             for name, folder in student_folders(self.repository).items():
                 engine = await asyncio.to_thread(Engine.open, folder, self.determinism)
                 self.metrics[name] = MemoryMetrics()
-                self.schedulers[name] = Scheduler(engine, DeviceLock(DEVICE, Priority.HIGH), self.metrics[name])
+                lock = DeviceLock(DEVICE, priority_of(engine.manifest.media_type))
+                self.schedulers[name] = Scheduler(engine, lock, self.metrics[name])
                 self.threads.append(self.schedulers[name].start())
         except StudentError as error:
             raise BackendFailed(str(error)) from None
