@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from export.onnx import Graph
 from export.sampler_table import Row
+from server.engine.session import session_options, share_threads
 from tdm_train.checkpoint import Student
 from tdm_train.steps_aware import fold, unfold
 
@@ -33,10 +34,9 @@ class Check:
 
 
 def open_session(file: Path) -> onnxruntime.InferenceSession:
-    """A CPU session with one thread, where every row of a batch is computed alike."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
+    """A CPU session as the engine has it, where every row of a batch is computed alike."""
+    share_threads()
+    return onnxruntime.InferenceSession(file.read_bytes(), session_options(), providers=["CPUExecutionProvider"])
 
 
 def verify(student: Student, graphs: list[Graph], folder: Path, tables: dict[str, list[Row]]) -> list[Check]:

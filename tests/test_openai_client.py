@@ -139,7 +139,7 @@ def recovering(tiny_repository: Path) -> Iterator[tuple[str, Recovering]]:
     backend = Recovering(tiny_repository)
     listener = listen("127.0.0.1", 0)
     app = create_app(backend, Settings())
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
     ready = threading.Event()
 
     async def run() -> None:

@@ -69,7 +69,7 @@ def test_every_check_passes_on_a_server_that_asks_for_keys(repository: Path, tmp
     authorized = {"Authorization": f"Bearer {key}"}
     document = httpx.get(f"{server.url}/openapi.json", headers=authorized).json()
     secured = {path for path, operations in document["paths"].items() for one in operations.values() if one.get("security")}
-    assert secured == {"/v1/images/generations", "/v1/models", "/v1/models/{model}", "/metrics"}
+    assert secured == {"/v1/images/generations", "/v1/models", "/v1/models/{model}", "/v1/model_info", "/metrics"}
     assert drawn(schemathesis(f"{server.url}/openapi.json", "-H", f"Authorization: Bearer {key}")) > 300
     assert server.stop() == 0
 

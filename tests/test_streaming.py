@@ -158,9 +158,7 @@ class Running:
 def slow(tiny_repository: Path) -> Iterator[Running]:
     backend = InProcessBackend(tiny_repository)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(
-        uvicorn.Config(create_app(backend, Settings(result_cache=False)), log_level="warning", lifespan="off")
-    )
+    server = uvicorn.Server(uvicorn.Config(create_app(backend, Settings(result_cache=False)), log_config=None, lifespan="off"))
     ready = threading.Event()
 
     async def run() -> None:
