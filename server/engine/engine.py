@@ -20,8 +20,9 @@ from server.engine.session import OnnxSession, Session
 from server.engine.student import GRAPHS, ExportedStudent, StudentManifest, open_student
 from server.engine.text import Text, TextEncoder, open_tokenizer
 
-# On a CPU more rows bring little throughput, and whoever arrives meanwhile waits for them: `fewstep bench sessions`.
-NFE_BATCH, DECODE_BATCH = 8, 2
+# Taking turns, four decodes make room for sixteen rows of a 4-NFE ladder. Half of both bring 5 % fewer images/s, and 1-NFE
+# requests a p99 that is a fifth lower: benchmarks/results/LOG.md.
+NFE_BATCH, DECODE_BATCH = 16, 4
 Determinism = Literal["strict", "fast"]
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
