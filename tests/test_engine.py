@@ -1,5 +1,7 @@
 """One request through the engine: what is asked is what is run, and the same request gives the same bits."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 
 from server.engine.engine import Engine, Request
 from server.engine.errors import InvalidRequest, NumericalError, StudentError
-from server.engine.session import OnnxSession, Tensors
+from server.engine.session import OnnxSession, Tensors, cpu_threads
 from server.engine.student import open_student
 from tests.tiny_student import LENGTH, build_tiny_student
 
@@ -135,3 +137,17 @@ def test_bytes_that_are_no_graph_are_refused_in_one_line() -> None:
     with pytest.raises(StudentError, match="onnxruntime refuses it") as caught:
         OnnxSession("vae_decoder", b"not a graph")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("told", ["0", "-1", "two", "1.5", "9999"])
+def test_an_illegal_number_of_threads_is_named(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
+    monkeypatch.setenv("FEWSTEP_CPU_THREADS", told)
+    with pytest.raises(StudentError, match=r"FEWSTEP_CPU_THREADS.*" + re.escape(told)):
+        cpu_threads()
+
+
+def test_threads_are_half_of_the_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FEWSTEP_CPU_THREADS", raising=False)
+    assert 1 <= cpu_threads() <= max(1, (os.cpu_count() or 1) // 2)
+    monkeypatch.setenv("FEWSTEP_CPU_THREADS", "3")
+    assert cpu_threads() == 3

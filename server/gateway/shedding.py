@@ -4,8 +4,7 @@ those who are in are waiting for."""
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.gateway.admission import Admission
-
-GENERATIONS = ("/v1/images/generations",)
+from server.gateway.observe import is_generation
 
 
 class Shedding:
@@ -16,6 +15,6 @@ class Shedding:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises ApiError 429 or 503."""
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in GENERATIONS:
+        if scope["type"] == "http" and is_generation(scope):
             self.admission.check_room(scope.get("fewstep_key", "anonymous"))
         await self.app(scope, receive, send)
