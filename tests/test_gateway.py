@@ -247,6 +247,24 @@ def test_a_large_body_is_a_413(client: TestClient) -> None:
     assert_envelope(client.post(PATH, content=body, headers={"content-type": "application/json"}), 413)
 
 
+def test_a_body_that_does_not_come_is_a_408(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.gateway.body.BODY_SECONDS", 0.05)
+    sent: list[Any] = []
+    chunks = [{"type": "http.request", "body": b'{"prompt"', "more_body": True}]
+
+    async def receive() -> Any:
+        return chunks.pop() if chunks else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": PATH, "raw_path": PATH.encode(), "headers": headers, "query_string": b""}
+    asyncio.run(client.app(scope, receive, send))
+    assert (sent[0]["status"], json.loads(sent[1]["body"])["error"]["code"]) == (408, "body_timeout")
+    assert (b"connection", b"close") in sent[0]["headers"]
+
+
 def test_accept_and_body_must_not_contradict_each_other(client: TestClient) -> None:
     assert assert_envelope(ask(client, "image/png", n=2), 400)["param"] == "n"
     assert assert_envelope(ask(client, "image/png", output_format="webp"), 400)["param"] == "output_format"

@@ -1,5 +1,6 @@
 """A JSON body, read strictly: what two parsers could read differently is refused."""
 
+import asyncio
 import json
 from typing import Any, NoReturn, TypeVar
 
@@ -10,17 +11,23 @@ from starlette.requests import ClientDisconnect
 from server.gateway.errors import ApiError, from_validation, invalid, show
 
 Schema = TypeVar("Schema", bound=BaseModel)
+BODY_SECONDS = 30.0  # that a caller may take to send it
 
 
 async def read_json(request: Request, schema: type[Schema]) -> Schema:
-    """The body as `schema`. Raises ApiError 400, 415, or 499 where the caller leaves before its end."""
+    """The body as `schema`. Raises ApiError 400, 408, 415, or 499 where the caller leaves before its end."""
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind.strip().lower() != "application/json":
         raise ApiError(415, f"Content-Type must be application/json, got {show(kind)}", code="unsupported_media_type")
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ApiError(415, "Content-Encoding must be absent", code="unsupported_media_type")
     try:
-        return schema.model_validate(parse(await request.body()))
+        async with asyncio.timeout(BODY_SECONDS):
+            body = await request.body()
+        return schema.model_validate(parse(body))
+    except TimeoutError:
+        said = f"the body did not come within {BODY_SECONDS:g} s"
+        raise ApiError(408, said, code="body_timeout", headers={"Connection": "close"}) from None
     except ValidationError as error:
         raise from_validation(error) from None
     except ClientDisconnect:

@@ -11,6 +11,7 @@ ERRORS = {
     401: "No API key, or one that is not known or no longer good.",
     403: "The API key lacks the scope of this path.",
     404: "No such model.",
+    408: "The body did not come in time.",
     413: "The body is too large.",
     415: "The body is not plain JSON.",
     429: "This key's rate, concurrency or share of the queue is used up; try again after Retry-After seconds.",
@@ -215,7 +216,7 @@ IMAGES: dict[int | str, dict[str, Any]] = {
         "description": "If-None-Match names this very answer, which a given seed decides.",
         "headers": described({name: (ALWAYS | UNLESS_STREAMED)[name] for name in ("ETag", "x-seed")}),
     },
-    **errors(400, 404, 413, 415, 429, 500, 503, 504),
+    **errors(400, 404, 408, 413, 415, 429, 500, 503, 504),
 }
 FILES: dict[int | str, dict[str, Any]] = {
     200: {
