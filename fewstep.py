@@ -1,6 +1,7 @@
 """The `fewstep` command. Each subcommand imports what it needs when it runs, so that serving never loads torch."""
 
 import ast
+import json
 import os
 import re
 from dataclasses import fields, replace
@@ -93,6 +94,22 @@ def export(
             print(f"  {check.what:<70} {check.error:.2g} (at most {check.tolerance:g})")
         size = sum(file.stat().st_size for file in published.rglob("*") if file.is_file())
         print(f"published {published} ({size / 1e6:.1f} MB)")
+
+
+@app.command()
+def inspect(
+    student: Annotated[Path, typer.Argument(help="an exported student, e.g. model_repository/scenes")],
+    json_: Annotated[bool, typer.Option("--json", help="the same for machines")] = False,
+) -> None:
+    """Explains an exported student and verifies every file of it. Exit code 1: it is damaged, or no student.
+
+    Example: fewstep inspect model_repository/scenes
+    """
+    with one_line_errors("triton"):
+        from server.inspect import as_text, inspect
+
+        inspection = inspect(student)
+        print(json.dumps(inspection.as_json(), indent=1) if json_ else as_text(inspection))
 
 
 @app.command("eval")

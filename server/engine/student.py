@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, Val
 
 from server.engine.errors import StudentError
 
-GRAPHS = ("text_encoder", "student_step", "vae_decoder")
+GraphName = Literal["text_encoder", "student_step", "vae_decoder"]
+GRAPHS: tuple[GraphName, ...] = ("text_encoder", "student_step", "vae_decoder")
 FILES = (*(f"{graph}.onnx" for graph in GRAPHS), "tokenizer.json")
 MEND = "export the student again with `fewstep export`, or restore the file from git"
 
@@ -44,7 +45,7 @@ class StudentManifest(BaseModel):
     max_prompt_characters: PositiveInt
     max_batch: PositiveInt
     init_noise_sigma: Annotated[FiniteFloat, Field(gt=0)]
-    precision: dict[Literal["text_encoder", "student_step", "vae_decoder"], str]
+    precision: dict[GraphName, str]
     k_conditioning: bool
     training: dict[str, Any]
     files: dict[str, Sha256]
