@@ -81,6 +81,7 @@ def with_changes(recipe: object, changes: list[str]) -> object:
 def export(
     student: Annotated[Path, typer.Argument(help="a student folder, as `fewstep train scenes_tdm` writes it")],
     to: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="export and check, but publish nothing")] = False,
 ) -> None:
     """Exports a student to ONNX, proves the graphs equal to PyTorch and publishes them for Triton.
 
@@ -89,11 +90,9 @@ def export(
     with one_line_errors("export"):
         from export.publish import export_student
 
-        published, checks = export_student(student, to)
-        for check in checks:
-            print(f"  {check.what:<70} {check.error:.2g} (at most {check.tolerance:g})")
-        size = sum(file.stat().st_size for file in published.rglob("*") if file.is_file())
-        print(f"published {published} ({size / 1e6:.1f} MB)")
+        path, report = export_student(student, to, dry_run)
+        print(report.as_text())
+        print(f"\ndry run: all passed, nothing was published as {path}" if dry_run else f"\npublished {path}, with a report.md")
 
 
 @app.command()

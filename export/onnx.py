@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ def export_graph(graph: Graph, file: Path, max_batch: int, max_length: int) -> N
     """Traces a graph and writes it to `file`, all weights inside."""
     bounds = {"batch": (1, max_batch), "length": (2, max_length)}
     dims = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in bounds.items()}
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # names torchvision, not needed
     shapes = tuple({axis: dims[dim] for axis, dim in graph.dynamic[name].items()} for name in graph.inputs)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns of torchvision and of its own internals

@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import diffusers
@@ -14,9 +15,10 @@ from tqdm import tqdm
 
 from export.graphs import pixel_size
 from export.onnx import export_graph, student_graphs
+from export.report import GraphFile, Report, write_report
 from export.sampler_table import Row, sampler_table
-from export.verify import Check, verify
-from server.engine.student import StudentManifest
+from export.verify import verify
+from server.engine.student import GRAPHS, StudentManifest
 from server.engine.triton_config import MODEL_PY, triton_config
 from tdm_train.checkpoint import Student, load_student
 
@@ -28,35 +30,52 @@ class ExportRefused(ValueError):
     """The exported graphs do not equal PyTorch, so nothing was published."""
 
 
-def export_student(folder: Path, repository: Path) -> tuple[Path, list[Check]]:
-    """Exports the student in `folder` and publishes it as `repository/<name>`; returns that path and what was checked.
+def export_student(folder: Path, repository: Path, dry_run: bool = False) -> tuple[Path, Report]:
+    """Exports the student in `folder` and publishes it as `repository/<name>`; returns that path and what was proven.
 
-    Raises ValueError for a folder that is no student, and ExportRefused when a check fails: then nothing changes.
+    A dry run does all the same but publish, and leaves `repository` alone. Raises ValueError for a folder that is no student,
+    and ExportRefused when a check fails: then nothing changes.
     """
     student = load_student(folder)
-    repository.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=repository, prefix=".export-") as temporary:
-        built = Path(temporary) / student.description["name"]
-        checks = build(student, built)
-        if failed := [check for check in checks if not check.passed]:
+    if not dry_run:
+        repository.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=None if dry_run else repository, prefix=".export-") as temporary:
+        built, target = Path(temporary) / student.description["name"], repository / student.description["name"]
+        report = build(student, built)
+        if failed := [check for check in report.checks if not check.passed]:
             lines = "; ".join(f"{check.what}: {check.error:.3g} > {check.tolerance:.3g}" for check in failed)
             raise ExportRefused(f"nothing was published, the graphs differ from PyTorch: {lines}")
-        return replace_folder(built, repository / student.description["name"]), checks
+        if not dry_run:
+            for _ in tqdm(range(1), desc="publishing", dynamic_ncols=True):
+                replace_folder(built, target)
+        return target, report
 
 
-def build(student: Student, folder: Path) -> list[Check]:
-    """Writes the whole exported student into `folder` and checks it."""
+def build(student: Student, folder: Path) -> Report:
+    """Writes the whole exported student into `folder`, checks it, and reports beside it."""
+    begin = time.perf_counter()
     version, tables = folder / "1", sampler_tables(student)
     version.mkdir(parents=True)
-    graphs = student_graphs(student, MAX_BATCH)
-    for graph in tqdm(graphs, desc="exporting", dynamic_ncols=True):
-        export_graph(graph, version / f"{graph.name}.onnx", MAX_BATCH, student.description["text_length"])
+    graphs, seconds = student_graphs(student, MAX_BATCH), {}
+    with tqdm(graphs, desc="exporting", dynamic_ncols=True) as bar:
+        for graph in bar:
+            bar.set_postfix_str(graph.name)
+            started = time.perf_counter()
+            export_graph(graph, version / f"{graph.name}.onnx", MAX_BATCH, student.description["text_length"])
+            seconds[graph.name] = time.perf_counter() - started
     student.pipeline.tokenizer.backend_tokenizer.save(str(version / "tokenizer.json"))
     manifest = describe(student, tables, version)
     (version / "student.json").write_text(manifest.model_dump_json(indent=1) + "\n")
     (version / "model.py").write_text(MODEL_PY)
     (folder / "config.pbtxt").write_text(triton_config(manifest))
-    return verify(student, graphs, version, tables)
+    proof = verify(student, graphs, version, tables)
+    files = tuple(
+        GraphFile(graph, manifest.precision[graph], (version / f"{graph}.onnx").stat().st_size, seconds[graph])
+        for graph in GRAPHS
+    )
+    report = Report(manifest, files, proof.checks, time.perf_counter() - begin)
+    write_report(report, proof, folder)
+    return report
 
 
 def sampler_tables(student: Student) -> dict[str, list[Row]]:

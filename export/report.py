@@ -1,0 +1,132 @@
+"""The report of an export: what was written and how it compares with eager, as JSON, Markdown and a picture beside the student.
+
+No digest covers it: digests name what decides the pixels, and seconds would give equal students unequal manifests. The report
+names the manifest's digest instead, which says whose it is.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from export.verify import PROMPTS, Check, Proof, Trajectory
+from server.engine.fingerprint import device_class
+from server.engine.student import StudentManifest
+from server.table import aligned, readable_size
+
+AMPLIFIED = 128  # one level of 255 is grey, two are white
+MARGIN, LINE, WIDEST = 8, 16, 256  # of the picture, in pixels; larger pictures are thinned out
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """One exported graph: bytes of its file, and seconds that tracing and writing took."""
+
+    name: str
+    precision: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an export wrote and proved."""
+
+    manifest: StudentManifest
+    graphs: tuple[GraphFile, ...]
+    checks: tuple[Check, ...]
+    seconds: float
+
+    def rows(self) -> list[list[str]]:
+        """The table: a row per graph, and one for the three together against diffusers."""
+        rows = [["graph", "precision", "size", "seconds", "largest error", "mean error", "rows of a batch"]]
+        for graph in self.graphs:
+            eager = [check for check in self.checks if check.graph == graph.name and check.against == "eager"]
+            itself = [check for check in self.checks if check.graph == graph.name and check.against == "itself"]
+            alike = "bit-identical" if all(check.error == 0 for check in itself) else "differ"
+            size, seconds = readable_size(graph.bytes), f"{graph.seconds:.1f}"
+            rows.append([graph.name, graph.precision, size, seconds, *errors(eager), alike])
+        whole = [check for check in self.checks if check.against == "diffusers" and not check.levels]
+        total = readable_size(sum(graph.bytes for graph in self.graphs))
+        return [*rows, ["all, against diffusers", "", total, f"{self.seconds:.1f}", *errors(whole), ""]]
+
+    def as_text(self) -> str:
+        """The table and the checks, for a terminal."""
+        checks = [
+            ("passed" if check.passed else "FAILED", check.what, f"{check.error:.2g}", f"(at most {check.tolerance:g})")
+            for check in self.checks
+        ]
+        return "\n".join([*aligned(self.rows(), right={2, 3, 4, 5}), "", *aligned(checks, right={2})])
+
+    def as_markdown(self) -> str:
+        """report.md."""
+        name, nfe = self.manifest.name, self.manifest.default_nfe
+        head, *rows = self.rows()
+        table = [head, ["---"] * len(head), *rows]
+        checks = [["check", "largest", "mean", "at most"], ["---"] * 4]
+        checks += [[c.what, f"{c.error:.2g}", f"{c.mean:.2g}", f"{c.tolerance:g}"] for c in self.checks]
+        lines = [
+            f"# {name}: the exported graphs against PyTorch",
+            f"Errors are absolute, against the same modules run eagerly in float32; those of 255 are levels of a colour. "
+            f"`fewstep inspect` on this folder explains the student (default: {nfe} NFE).",
+            "\n".join(f"| {' | '.join(row)} |" for row in table),
+            f"![Eager, exported and their difference](report.png)\n\nA row per NFE count, for each prompt: diffusers with the "
+            f"eager decoder, the exported graphs, and their difference times {AMPLIFIED}. The prompts: "
+            f"{'; '.join(PROMPTS)}.",
+            "\n".join(f"| {' | '.join(row)} |" for row in checks),
+        ]
+        return "\n\n".join(lines) + "\n"
+
+    def as_json(self) -> dict[str, Any]:
+        """report.json."""
+        return {
+            "student": self.manifest.name,
+            "manifest_sha256": self.manifest.digest(),
+            "seconds": round(self.seconds, 3),
+            "machine": device_class(),
+            "graphs": [asdict(graph) | {"seconds": round(graph.seconds, 3)} for graph in self.graphs],
+            "checks": [asdict(check) | {"passed": check.passed} for check in self.checks],
+        }
+
+
+def errors(checks: list[Check]) -> list[str]:
+    """Largest and mean error over checks of one unit."""
+    unit = " of 255" if checks[0].levels else ""
+    return [f"{max(check.error for check in checks):.2g}{unit}", f"{np.mean([check.mean for check in checks]):.2g}{unit}"]
+
+
+def write_report(report: Report, proof: Proof, folder: Path) -> None:
+    """Writes report.json, report.md and report.png beside config.pbtxt, where Triton looks at nothing else."""
+    (folder / "report.json").write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    (folder / "report.md").write_text(report.as_markdown())
+    side_by_side(proof.trajectories).save(folder / "report.png", optimize=True)
+
+
+def side_by_side(trajectories: tuple[Trajectory, ...]) -> Image.Image:
+    """A row per NFE count; for each prompt the eager picture, the exported one and their amplified difference."""
+    rows = [[tile for pair in zip(t.eager_images, t.images, strict=True) for tile in triple(*pair)] for t in trajectories]
+    height, width = rows[0][0].shape[:2]
+    label = 48
+    columns = len(rows[0])
+    canvas = Image.new("RGB", (label + columns * (width + MARGIN), LINE + len(rows) * (height + MARGIN)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column in range(columns):
+        head = ("eager", "exported", f"difference x {AMPLIFIED}")[column % 3]
+        draw.text((label + column * (width + MARGIN), 2), head, fill="black")
+    for row, (trajectory, tiles) in enumerate(zip(trajectories, rows, strict=True)):
+        top = LINE + row * (height + MARGIN)
+        draw.text((4, top + 2), f"{trajectory.nfe} NFE", fill="black")
+        for column, tile in enumerate(tiles):
+            canvas.paste(Image.fromarray(tile), (label + column * (width + MARGIN), top))
+    return canvas
+
+
+def triple(eager: NDArray[np.uint8], exported: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """Two pictures and their difference times AMPLIFIED, all uint8 [H, W, 3] and at most WIDEST wide."""
+    difference = np.abs(eager.astype(np.int32) - exported) * AMPLIFIED
+    stride = -(-eager.shape[1] // WIDEST)
+    return [image[::stride, ::stride] for image in (eager, exported, difference.clip(0, 255).astype(np.uint8))]
