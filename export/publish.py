@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from export.graphs import pixel_size
+from export.linear_samplers import prediction_type, solver_name
 from export.onnx import export_graph, student_graphs
 from export.report import GraphFile, Report, write_report
 from export.sampler_table import Row, sampler_table
@@ -88,7 +89,7 @@ def describe(student: Student, tables: dict[str, list[Row]], version: Path) -> S
     transformer, described, scheduler = (
         student.pipeline.transformer.config,
         student.description,
-        student.pipeline.scheduler.config,
+        student.pipeline.scheduler,
     )
     side = pixel_size(student.pipeline.vae, transformer.sample_size)
     files = ("text_encoder.onnx", "student_step.onnx", "vae_decoder.onnx", "tokenizer.json")
@@ -100,8 +101,8 @@ def describe(student: Student, tables: dict[str, list[Row]], version: Path) -> S
             "media_type": "image",
             "base": described["base"],
             "revision": datetime.date.today().isoformat(),
-            "prediction_type": scheduler.prediction_type,
-            "solver": f"{scheduler.algorithm_type}{scheduler.solver_order}",
+            "prediction_type": prediction_type(scheduler),
+            "solver": solver_name(scheduler),
             "nfe": described["nfe"],
             "default_nfe": described["default_nfe"],
             "tables": tables,
@@ -109,7 +110,7 @@ def describe(student: Student, tables: dict[str, list[Row]], version: Path) -> S
             "text_length": described["text_length"],
             "max_prompt_characters": MAX_PROMPT_CHARACTERS,
             "max_batch": MAX_BATCH,
-            "init_noise_sigma": float(student.pipeline.scheduler.init_noise_sigma),
+            "init_noise_sigma": float(getattr(scheduler, "init_noise_sigma", 1.0)),
             "precision": dict.fromkeys(("text_encoder", "student_step", "vae_decoder"), "fp32"),
             "k_conditioning": True,
             "training": described["training"],

@@ -1,4 +1,4 @@
-"""Exported graphs equal PyTorch and diffusers, tables come from diffusers itself, and what is not proven is not published."""
+"""Exported graphs equal PyTorch and diffusers, and what is not proven is not published."""
 
 import dataclasses
 import json
@@ -9,9 +9,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -19,12 +16,11 @@ import export.publish
 from export.onnx import Graph, halve_weights
 from export.publish import ExportRefused, export_student
 from export.report import Report, side_by_side
-from export.sampler_table import sampler_table
 from export.verify import Check, Trajectory, compare_graph
 from fewstep import app
 from server.engine.student import StudentManifest, open_student
 from server.inspect import as_text, inspect
-from tdm_train.checkpoint import load_student, open_teacher, save_student, student_sampler
+from tdm_train.checkpoint import load_student, open_teacher, save_student
 from tdm_train.recipes import TdmRecipe
 from tdm_train.scenes.autoencoder import new_autoencoder
 from tdm_train.scenes.teacher import TeacherLoss, new_transformer, save_teacher
@@ -32,50 +28,6 @@ from tdm_train.scenes.text_encoder import new_text_encoder, new_tokenizer
 from tdm_train.steps_aware import make_steps_aware
 from tdm_train.trainer import describe
 from tests.conftest import start_server
-
-SAMPLERS = {
-    "flow, order 1": student_sampler(),
-    "flow, order 2": DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=6.0),
-    "epsilon, order 2": DPMSolverMultistepScheduler(),
-    "v, order 2": DPMSolverMultistepScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=False),
-}
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("nfe", [1, 2, 3, 4])
-@settings(deadline=None, max_examples=5)
-@given(seed=st.integers(0, 1000))
-def test_a_table_repeats_the_diffusers_sampler_on_any_network_output(name: str, nfe: int, seed: int) -> None:
-    scheduler, generator = SAMPLERS[name], torch.Generator().manual_seed(seed)
-    rows = sampler_table(scheduler, nfe)
-    scheduler.set_timesteps(nfe)
-    latents = ours = torch.randn(16, generator=generator)
-    x0_prev = torch.zeros(16)
-    for index, (timestep, c0, c1, c2) in enumerate(rows):
-        assert int(timestep) == int(scheduler.timesteps[index])
-        prediction = torch.randn(16, generator=generator)
-        x0 = read_x0(scheduler, index, ours, prediction)
-        ours, x0_prev = c0 * ours + c1 * x0 + c2 * x0_prev, x0
-        latents = scheduler.step(prediction, scheduler.timesteps[index], latents).prev_sample
-        torch.testing.assert_close(ours, latents, rtol=1e-4, atol=1e-4)
-
-
-def read_x0(
-    scheduler: DPMSolverMultistepScheduler, index: int, latents: torch.Tensor, prediction: torch.Tensor
-) -> torch.Tensor:
-    """What a network's output means at a step, by the textbook."""
-    sigma, kind = scheduler.sigmas[index], scheduler.config.prediction_type
-    if kind == "flow_prediction":
-        return latents - sigma * prediction
-    a = 1 / (1 + sigma**2) ** 0.5
-    s = sigma * a
-    return (latents - s * prediction) / a if kind == "epsilon" else a * latents - s * prediction
-
-
-@pytest.mark.parametrize("scheduler", [DDIMScheduler(), DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")])
-def test_a_sampler_not_known_to_be_linear_and_deterministic_is_refused(scheduler: object) -> None:
-    with pytest.raises(ValueError, match="must be a deterministic DPMSolverMultistepScheduler"):
-        sampler_table(scheduler, 4)
 
 
 @pytest.fixture(scope="module")
