@@ -71,9 +71,19 @@ def export_graph(graph: Graph, file: Path, max_batch: int, max_length: int) -> N
             verbose=False,
         )
     assert program is not None
-    model = halve_weights(program.model_proto)
+    model = without_traces(halve_weights(program.model_proto))
     onnx.checker.check_model(model)
     file.write_bytes(model.SerializeToString())
+
+
+def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Takes out, in place, what the exporter notes for its developers: per node, the stack of source files and lines of the
+    machine it ran on."""
+    functions = [node for function in model.functions for node in (function, *function.node)]
+    for part in (model.graph, *model.graph.node, *model.graph.input, *model.graph.output, *model.graph.initializer, *functions):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    return model
 
 
 def halve_weights(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import urllib.request
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from export.publish import ExportRefused, export_student
 from export.report import Report, side_by_side
 from export.verify import Check, Trajectory, compare_graph
 from fewstep import app
-from server.engine.student import StudentManifest, open_student
+from server.engine.student import GRAPHS, StudentManifest, open_student
 from server.inspect import as_text, inspect
 from tdm_train.checkpoint import load_student, open_teacher, save_student
 from tdm_train.recipes import TdmRecipe
@@ -27,7 +28,7 @@ from tdm_train.scenes.teacher import TeacherLoss, new_transformer, save_teacher
 from tdm_train.scenes.text_encoder import new_text_encoder, new_tokenizer
 from tdm_train.steps_aware import make_steps_aware
 from tdm_train.trainer import describe
-from tests.conftest import start_server
+from tests.conftest import ROOT, start_server
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +74,13 @@ def test_the_published_folder_is_whole_and_small(published: tuple[Path, Report])
 
 
 @pytest.mark.slow
+def test_no_graph_tells_where_it_was_exported(published: tuple[Path, Report]) -> None:
+    for graph in GRAPHS:
+        contents = (published[0] / "1" / f"{graph}.onnx").read_bytes()
+        assert not re.search(rb"stack_trace|site-packages", contents), graph
+        assert str(ROOT).encode() not in contents
+
+
 def test_k_conditioning_travels_through_folder_and_reload(student_folder: Path) -> None:
     student = load_student(student_folder)
     vectors = student.pipeline.transformer.adaln_single.emb.k_embedding
