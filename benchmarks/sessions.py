@@ -96,9 +96,8 @@ def inputs(engine: Engine, graph: str, batch: int) -> Tensors:
         "x0_prev": np.zeros_like(latents),
         "timestep": np.ascontiguousarray(table[:, 0]),
         "coefficients": np.ascontiguousarray(table[:, 1:]),
-        "nfe": np.full(batch, nfe, np.int64),
-        "text_emb": np.concatenate([row.text.emb for row in rows]),
-        "mask": np.concatenate([row.text.mask for row in rows]),
+        **({"nfe": np.full(batch, nfe, np.int64)} if engine.manifest.k_conditioning else {}),
+        **{name: np.concatenate([row.text.conditions[name] for row in rows]) for name in engine.manifest.conditions},
     }
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from server.engine.engine import Engine
 from server.engine.errors import StudentError
-from server.engine.student import FILES, GRAPHS, MEND, ExportedStudent, StudentManifest, open_student, read
+from server.engine.student import GRAPHS, MEND, ExportedStudent, StudentManifest, open_student, read
 from server.engine.triton_config import MODEL_PY, triton_config
 from server.table import aligned, readable_size
 
 REPORT = ("report.json", "report.md", "report.png")  # what `fewstep export` leaves beside the student, for people
-KNOWN = {"": {"1", "config.pbtxt", *REPORT}, "1": {*FILES, "student.json", "model.py", "__pycache__"}}  # the last is Triton's
+GENERATED = ("student.json", "model.py", "__pycache__")  # the last is Triton's
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def inspect(folder: Path) -> Inspection:
     check_folder(folder)
     student = open_student(folder)
     check_generated(folder, student.manifest)
-    check_known(folder)
+    check_known(folder, student.manifest)
     engine = Engine.of(student)
     return Inspection(folder, student, read_report(folder, student.manifest), engine.fingerprint, engine.fingerprint_parts)
 
@@ -82,9 +82,10 @@ def check_generated(folder: Path, manifest: StudentManifest) -> None:
             raise StudentError(f"{path} is not what this version of fewstep writes for this student; {MEND}")
 
 
-def check_known(folder: Path) -> None:
+def check_known(folder: Path, manifest: StudentManifest) -> None:
     """Raises StudentError for a file that no exporter has written."""
-    for place, names in KNOWN.items():
+    known = {"": {"1", "config.pbtxt", *REPORT}, "1": {*manifest.file_names, *GENERATED}}
+    for place, names in known.items():
         for path in sorted((folder / place).iterdir()):
             if path.name not in names:
                 raise StudentError(f"{path} belongs to no student: nothing reads it and no digest covers it; move it away")
@@ -159,7 +160,7 @@ def tables(manifest: StudentManifest) -> list[str]:
 
 def sizes(manifest: StudentManifest) -> list[str]:
     """Sizes of pictures and of their latents; the first is the default."""
-    rows = [("size", "latents [C, h, w]")]
+    rows = [("size", "latents [C, h, w]" if manifest.media_type == "image" else "latents [F, C, h, w]")]
     for index, (size, shape) in enumerate(manifest.sizes.items()):
         rows.append((f"{size} (default)" if index == 0 else size, str(list(shape))))
     return aligned(rows)

@@ -10,7 +10,7 @@ from server.engine.engine import Engine, Pixels, Request, Result
 from server.engine.errors import EngineError
 from server.engine.session import Tensors
 from server.engine.student import open_student
-from server.engine.text import TextEncoder, open_tokenizer
+from server.engine.text import TextEncoder
 
 NFE_SECONDS, DECODE_SECONDS = 1.0, 2.0
 NAN_SEED, RAISING_SEED = 666, 667  # requests with these seeds spoil their row, or the whole call
@@ -96,7 +96,7 @@ def fake_engine(tiny: Path, clock: FakeClock, max_batch: int = 4, fixed_batch: i
     student = open_student(tiny)
     manifest = student.manifest.model_copy(update={"max_batch": max_batch})
     sessions = {"student_step": FakeStep(clock), "vae_decoder": FakeDecoder(clock, 8), "text_encoder": FakeText()}
-    text = TextEncoder(open_tokenizer(student.files["tokenizer.json"]), sessions["text_encoder"], manifest.text_length)
+    text = TextEncoder.of(student, sessions["text_encoder"])
     tables = {nfe: np.array(manifest.tables[str(nfe)], np.float32) for nfe in manifest.nfe}
     return FakeEngine(manifest, text, sessions, "fp_fake", {}, tables, fixed_batch)
 

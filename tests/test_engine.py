@@ -12,8 +12,10 @@ import pytest
 from server.engine.engine import Engine, Request
 from server.engine.errors import InvalidRequest, NumericalError, StudentError
 from server.engine.session import OnnxSession, Tensors, cpu_threads
-from server.engine.student import open_student
+from server.engine.student import GraphTensors, open_student
 from tests.tiny_student import LENGTH, build_tiny_student
+
+DECODER = GraphTensors(("latents",), ("image",))
 
 
 @pytest.fixture(scope="module")
@@ -124,18 +126,18 @@ def test_weights_outside_the_graph_s_own_file_are_refused(own_repository: Path, 
     onnx.save_model(onnx.load(graph), outside, save_as_external_data=True, location="weights.bin", size_threshold=0)
     monkeypatch.chdir(own_repository)  # where onnxruntime would find them, even for a model given as bytes
     with pytest.raises(StudentError, match="another file"):
-        OnnxSession("vae_decoder", outside.read_bytes())
+        OnnxSession("vae_decoder", outside.read_bytes(), DECODER)
 
 
 def test_a_graph_that_lacks_an_input_is_refused_by_name(tiny_repository: Path) -> None:
     student = open_student(tiny_repository / "tiny")
     with pytest.raises(StudentError, match="lacks coefficients"):
-        OnnxSession("student_step", student.files["vae_decoder.onnx"])
+        OnnxSession("student_step", student.files["vae_decoder.onnx"], student.manifest.tensors("student_step"))
 
 
 def test_bytes_that_are_no_graph_are_refused_in_one_line() -> None:
     with pytest.raises(StudentError, match="onnxruntime refuses it") as caught:
-        OnnxSession("vae_decoder", b"not a graph")
+        OnnxSession("vae_decoder", b"not a graph", DECODER)
     assert "\n" not in str(caught.value)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -25,7 +26,9 @@ from server.gateway.backend import (
     InvalidRequest,
     NumericalError,
 )
+from server.gateway.errors import ApiError
 from server.gateway.inprocess_backend import InProcessBackend
+from server.gateway.plan import find_student
 from server.gateway.settings import Settings
 
 PATH = "/v1/images/generations"
@@ -269,6 +272,19 @@ def test_accept_and_body_must_not_contradict_each_other(client: TestClient) -> N
     assert assert_envelope(ask(client, "image/png", n=2), 400)["param"] == "n"
     assert assert_envelope(ask(client, "image/png", output_format="webp"), 400)["param"] == "output_format"
     assert assert_envelope(ask(client, "image/png", stream=True), 400)["param"] == "stream"
+
+
+def test_a_student_of_videos_is_neither_the_default_nor_legal_for_images(client: TestClient) -> None:
+    (image,) = client.app.state.backend.students.values()
+    video = dataclasses.replace(image, name="motion", media_type="video")
+    students = {"motion": video, image.name: image}
+    assert find_student(None, students) is image
+    with pytest.raises(ApiError, match=f"'motion' makes videos.*{image.name}") as refused:
+        find_student("motion", students)
+    assert (refused.value.status, refused.value.param) == (400, "model")
+    with pytest.raises(ApiError) as missing:
+        find_student(None, {"motion": video})
+    assert missing.value.status == 404
 
 
 def test_unknown_models_and_paths_are_404_and_wrong_methods_405(client: TestClient) -> None:

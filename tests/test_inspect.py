@@ -8,11 +8,12 @@ from typer.testing import CliRunner
 
 from fewstep import app
 from server.engine.engine import Engine
-from server.engine.student import FILES, StudentManifest, open_student
+from server.engine.student import StudentManifest, open_student
 from server.engine.triton_config import triton_config
 from server.inspect import as_text, inspect
 from server.table import aligned, readable_size
 from tests.test_imports import loaded_after
+from tests.tiny_student import FILES
 
 COVERED = [*(f"1/{name}" for name in FILES), "1/student.json", "1/model.py", "config.pbtxt"]
 

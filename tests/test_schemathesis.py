@@ -27,7 +27,8 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     repository = tmp_path_factory.mktemp("schemathesis")
     student = build_tiny_student(repository)
     manifest = json.loads((student / "1" / "student.json").read_text())
-    write_manifest(student, manifest | {"text_length": manifest["max_prompt_characters"] + 1})
+    tokenizer = manifest["tokenizers"][0] | {"length": manifest["max_prompt_characters"] + 1}
+    write_manifest(student, manifest | {"tokenizers": [tokenizer]})
     return repository
 
 

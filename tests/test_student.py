@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from server.engine.errors import StudentError
-from server.engine.student import FILES, open_student, student_folders
+from server.engine.student import open_student, student_folders
 from server.engine.triton_config import student_parameters, triton_config
 from server.gateway.backend import StudentCard
+from tests.tiny_student import FILES
 
 
 def rewrite_manifest(folder: Path, **changes: Any) -> None:
@@ -52,7 +53,13 @@ def test_a_missing_file_is_named(own_repository: Path, name: str) -> None:
     ("changes", "named"),
     [
         ({"surprise": 1}, "surprise"),
-        ({"format": 2}, "format"),
+        ({"format": 1}, "format"),
+        ({"media_type": "video"}, "frames and fps"),
+        ({"media_type": "video", "frames": 9, "fps": 8}, "latent shapes of 4 numbers"),
+        ({"frames": 9, "fps": 8}, "frames and fps"),
+        ({"tokenizers": []}, "tokenizers"),
+        ({"conditions": ["text"]}, "conditions"),
+        ({"decoder": "other"}, "decoder"),
         ({"nfe": [2, 1]}, "nfe"),
         ({"default_nfe": 9}, "default_nfe"),
         ({"tables": {"1": [[1, 2, 3, 4]]}}, "tables"),

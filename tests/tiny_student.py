@@ -9,9 +9,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from server.engine.student import FILES, StudentManifest
+from server.engine.student import StudentManifest
 from server.engine.triton_config import MODEL_PY, triton_config
 
+FILES = ("text_encoder.onnx", "student_step.onnx", "vae_decoder.onnx", "tokenizer.json")
 VOCABULARY = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "circle", "square", "above", "big"]
 WIDTH, CHANNELS, SCALE, LENGTH = 6, 4, 8, 12
 FLOAT, INT, BYTE = TensorProto.FLOAT, TensorProto.INT64, TensorProto.UINT8
@@ -47,7 +48,7 @@ def tiny_manifest(version: Path, name: str) -> dict[str, Any]:
     nfe = [1, 2, 3, 4]
     tables = {str(k): [[1000 * (k - i) / k, 1 - 1 / (k - i), 1 / (k - i), 0.0] for i in range(k)] for k in nfe}
     return {
-        "format": 1,
+        "format": 2,
         "name": name,
         "family": "tiny",
         "media_type": "image",
@@ -59,7 +60,11 @@ def tiny_manifest(version: Path, name: str) -> dict[str, Any]:
         "default_nfe": 4,
         "tables": tables,
         "sizes": {"64x64": [CHANNELS, 8, 8], "64x32": [CHANNELS, 4, 8]},
-        "text_length": LENGTH,
+        "frames": None,
+        "fps": None,
+        "tokenizers": [{"file": "tokenizer.json", "length": LENGTH, "pad": 0, "masked": True, "truncates": False}],
+        "conditions": ["text_emb", "mask"],
+        "decoder": "full",
         "max_prompt_characters": 100,
         "max_batch": 16,
         "init_noise_sigma": 1.0,

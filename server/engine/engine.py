@@ -18,7 +18,7 @@ from server.engine.fingerprint import fingerprint, fingerprint_parts
 from server.engine.noise import initial_latents
 from server.engine.session import OnnxSession, Session
 from server.engine.student import GRAPHS, ExportedStudent, StudentManifest, open_student
-from server.engine.text import Text, TextEncoder, open_tokenizer
+from server.engine.text import Text, TextEncoder
 
 # Taking turns, four decodes make room for sixteen rows of a 4-NFE ladder. Half of both bring 5 % fewer images/s, and 1-NFE
 # requests a p99 that is a fifth lower: benchmarks/results/LOG.md.
@@ -72,7 +72,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """image uint8 [H, W, 3]; spans in the order they ran; tokens of the prompt, end mark included."""
+    """image uint8 [H, W, 3], of a video [F, H, W, 3]; spans in the order they ran; tokens of the prompt, end mark included."""
 
     image: Pixels
     spans: tuple[Span, ...]
@@ -113,10 +113,11 @@ class Engine:
     def of(cls, student: ExportedStudent, determinism: Determinism = "strict") -> "Engine":
         """Builds the sessions of a verified student; raises StudentError."""
         manifest = student.manifest
-        sessions: dict[str, Session] = {graph: OnnxSession(graph, student.files[f"{graph}.onnx"]) for graph in GRAPHS}
+        sessions: dict[str, Session] = {
+            graph: OnnxSession(graph, student.files[f"{graph}.onnx"], manifest.tensors(graph)) for graph in GRAPHS
+        }
         tables = {nfe: np.array(manifest.tables[str(nfe)], np.float32) for nfe in manifest.nfe}
-        tokenizer = open_tokenizer(student.files["tokenizer.json"])
-        text_encoder = TextEncoder(tokenizer, sessions["text_encoder"], manifest.text_length)
+        text_encoder = TextEncoder.of(student, sessions["text_encoder"])
         policy, fixed_batch = batch_policy(list(sessions.values()), determinism, manifest.max_batch)
         parts = fingerprint_parts(manifest, policy)
         return cls(manifest, text_encoder, sessions, fingerprint(parts), parts, tables, fixed_batch)
@@ -148,7 +149,7 @@ class Engine:
         begin = time.perf_counter_ns()
         text = self.text_encoder.encode(request.prompt)
         encoded = time.perf_counter_ns()
-        shape = self.manifest.sizes[request.size]
+        shape = tuple(self.manifest.sizes[request.size])
         latents = initial_latents(request.seed, request.image_index, shape, self.manifest.init_noise_sigma)[None]
         drawn = time.perf_counter_ns()
         spans = [Span("text_encoder", begin, encoded - begin), Span("noise", encoded, drawn - encoded)]
@@ -167,10 +168,11 @@ class Engine:
             "x0_prev": self.gather("x0_prev", [member.x0 for member in batch]),
             "timestep": self.gather("timestep", list(rows[:, :1])),
             "coefficients": self.gather("coefficients", list(rows[:, None, 1:])),
-            "nfe": self.gather("nfe", [np.array([member.request.nfe], np.int64) for member in batch]),
-            "text_emb": self.gather("text_emb", [member.text.emb for member in batch]),
-            "mask": self.gather("mask", [member.text.mask for member in batch]),
         }
+        if self.manifest.k_conditioning:
+            inputs["nfe"] = self.gather("nfe", [np.array([member.request.nfe], np.int64) for member in batch])
+        for name in self.manifest.conditions:
+            inputs[name] = self.gather(name, [member.text.conditions[name] for member in batch])
         begin = time.perf_counter_ns()
         outputs = self.sessions["student_step"].run(inputs)
         nanoseconds = time.perf_counter_ns() - begin
@@ -186,12 +188,16 @@ class Engine:
         return [None if ok else NumericalError("the student's output is not finite: no image was made") for ok in finite]
 
     def decode(self, size: str, latents: Sequence[Floats]) -> list[Pixels]:
-        """Latents [1, C, h, w] each, last ones or x0 on the way -> uint8 [H, W, 3] each. Raises NumericalError."""
+        """Latents [1, ...] each, last ones or x0 on the way -> uint8 [H, W, 3] each, of videos [F, H, W, 3].
+
+        Raises NumericalError.
+        """
         assert 0 < len(latents) <= self.max_decode_batch
         assert len({one.shape for one in latents}) == 1
         (images,) = self.sessions["vae_decoder"].run({"latents": self.gather("decoded", latents, pad=False)})
         width, height = map(int, size.split("x"))
-        expected = (len(latents), height, width, 3)
+        frames = () if self.manifest.frames is None else (self.manifest.frames,)
+        expected = (len(latents), *frames, height, width, 3)
         if images.shape != expected or images.dtype != np.uint8:
             raise NumericalError(f"the decoder gave {images.dtype} {images.shape}, expected uint8 {expected}")
         return list(images)

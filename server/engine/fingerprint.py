@@ -1,13 +1,13 @@
 """Names everything that decides the pixels: same fingerprint and same request, same pixels."""
 
 import hashlib
+import importlib.metadata
 import json
 import platform
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
-import tokenizers
 
 from server.engine.noise import RNG_VERSION
 from server.engine.session import OPTIMISATION_LEVEL, PROVIDER
@@ -27,7 +27,8 @@ def fingerprint_parts(manifest: StudentManifest, batch_policy: str) -> dict[str,
 
     The number of threads is not among it: `fewstep bench sessions` and a test show that it changes no bit.
     """
-    settings = {"sizes": manifest.sizes, "text_length": manifest.text_length, "init_noise_sigma": manifest.init_noise_sigma}
+    tokenizers = [tokenizer.model_dump() for tokenizer in manifest.tokenizers]
+    settings = {"sizes": manifest.sizes, "tokenizers": tokenizers, "init_noise_sigma": manifest.init_noise_sigma}
     return {
         **{name: sha256[:16] for name, sha256 in sorted(manifest.files.items())},
         "tables": digest(manifest.tables)[:16],
@@ -38,7 +39,7 @@ def fingerprint_parts(manifest: StudentManifest, batch_policy: str) -> dict[str,
         "optimisation_level": OPTIMISATION_LEVEL,
         "batch_policy": batch_policy,
         "rng": RNG_VERSION,
-        "tokenizers": tokenizers.__version__,
+        "tokenizers": importlib.metadata.version("tokenizers"),
         "device": device_class(),
     }
 

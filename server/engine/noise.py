@@ -26,7 +26,7 @@ Words = NDArray[np.uint32]
 
 
 def initial_latents(seed: int, image_index: int, shape: tuple[int, ...], sigma: float) -> NDArray[np.float32]:
-    """Latents `shape` ([C, h, w]) float32 with standard deviation `sigma`, the noise level the student starts from."""
+    """Latents `shape` ([C, h, w] or [F, C, h, w]) float32 of standard deviation `sigma`, which the student starts from."""
     return normals(seed, image_index, math.prod(shape)).reshape(shape) * np.float32(sigma)
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from server.engine.errors import StudentError
+from server.engine.student import GraphTensors
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -26,16 +27,9 @@ LOG_FATAL_ONLY = 4  # every error is raised as well, and one line is enough
 # every longer spelling that protobuf allows for the two leading bytes.
 EXTERNAL_DATA = re.compile(rb"(?:\x0a|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)location")
 
-INPUTS = {
-    "text_encoder": ("tokens", "mask"),
-    "student_step": ("latents", "x0_prev", "timestep", "coefficients", "nfe", "text_emb", "mask"),
-    "vae_decoder": ("latents",),
-}
-OUTPUTS = {"text_encoder": ("text_emb",), "student_step": ("next_latents", "x0"), "vae_decoder": ("image",)}
-
 
 class Session(Protocol):
-    """Runs one graph: arrays by name in, arrays in the order of OUTPUTS out.
+    """Runs one graph: arrays by name in, arrays in the order of the graph's outputs out.
 
     batch_invariant: whether a row has the same bits in every batch and slot.
     """
@@ -52,7 +46,7 @@ class OnnxSession:
 
     batch_invariant = True  # tests and `fewstep bench determinism` hold it to that
 
-    def __init__(self, graph: str, contents: bytes) -> None:
+    def __init__(self, graph: str, contents: bytes, tensors: GraphTensors) -> None:
         """Raises StudentError when `contents` reaches for other files, is refused, or has other tensors than expected."""
         share_threads()
         if EXTERNAL_DATA.search(contents):
@@ -61,9 +55,9 @@ class OnnxSession:
             self.session = ort.InferenceSession(contents, session_options(), providers=[PROVIDER])
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise StudentError(f"{graph}.onnx: onnxruntime refuses it: {first_line(error)}; export the student again") from None
-        self.outputs = list(OUTPUTS[graph])
-        check_names(graph, "inputs", INPUTS[graph], [node.name for node in self.session.get_inputs()])
-        check_names(graph, "outputs", OUTPUTS[graph], [node.name for node in self.session.get_outputs()])
+        self.outputs = list(tensors.outputs)
+        check_names(graph, "inputs", tensors.inputs, [node.name for node in self.session.get_inputs()])
+        check_names(graph, "outputs", tensors.outputs, [node.name for node in self.session.get_outputs()])
 
     def run(self, tensors: Tensors) -> list[npt.NDArray[Any]]:
         return [np.asarray(output) for output in self.session.run(self.outputs, tensors)]

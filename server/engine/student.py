@@ -4,35 +4,61 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from server.engine.errors import StudentError
 
 GraphName = Literal["text_encoder", "student_step", "vae_decoder"]
 GRAPHS: tuple[GraphName, ...] = ("text_encoder", "student_step", "vae_decoder")
-FILES = (*(f"{graph}.onnx" for graph in GRAPHS), "tokenizer.json")
 MEND = "export the student again with `fewstep export`, or restore the file from git"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$")]
 Row = tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
+TokenizerFile = Literal["tokenizer.json", "tokenizer_2.json", "tokenizer_3.json"]
+Condition = Literal["text_emb", "mask", "pooled"]
+
+
+class GraphTensors(NamedTuple):
+    """Names of what goes into a graph and of what comes out, in order."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class TokenizerSettings(BaseModel):
+    """How one tokeniser's tokens reach the text encoder: padded to `length` with `pad`.
+
+    masked: whether the text encoder reads where the padding is; truncates: whether it reads only the beginning of a longer
+    prompt, which is refused otherwise (Stable Diffusion 3 reads the whole prompt with its third encoder).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: TokenizerFile
+    length: PositiveInt
+    pad: NonNegativeInt
+    masked: bool
+    truncates: bool
 
 
 class StudentManifest(BaseModel):
     """student.json. Every key is required and none may be added.
 
     tables: NFE count -> rows (timestep, c0, c1, c2) in the order they run; next = c0*latents + c1*x0 + c2*x0_prev.
-    sizes: "WIDTHxHEIGHT" in pixels -> latent shape [C, h, w]; the first is the default.
+    sizes: "WIDTHxHEIGHT" in pixels -> latent shape, [C, h, w] of images and [F, C, h, w] of videos; the first is the default.
+    frames, fps: of a video in pixels, None for images. conditions: what student_step is told beside the latents. decoder: full,
+    or tiny for a distilled one. k_conditioning: whether student_step is told its NFE count.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1]
+    format: Literal[2]
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
     family: str
-    media_type: Literal["image"]
+    media_type: Literal["image", "video"]
     base: str
     revision: str
     prediction_type: str
@@ -40,8 +66,12 @@ class StudentManifest(BaseModel):
     nfe: Annotated[list[PositiveInt], Field(min_length=1)]
     default_nfe: PositiveInt
     tables: dict[str, list[Row]]
-    sizes: Annotated[dict[Size, tuple[PositiveInt, PositiveInt, PositiveInt]], Field(min_length=1)]
-    text_length: PositiveInt
+    sizes: Annotated[dict[Size, Annotated[list[PositiveInt], Field(min_length=3, max_length=4)]], Field(min_length=1)]
+    frames: PositiveInt | None
+    fps: PositiveInt | None
+    tokenizers: Annotated[list[TokenizerSettings], Field(min_length=1, max_length=3)]
+    conditions: Annotated[list[Condition], Field(min_length=1)]
+    decoder: Literal["full", "tiny"]
     max_prompt_characters: PositiveInt
     max_batch: PositiveInt
     init_noise_sigma: Annotated[FiniteFloat, Field(gt=0)]
@@ -59,13 +89,48 @@ class StudentManifest(BaseModel):
         lengths = {nfe: len(rows) for nfe, rows in self.tables.items()}
         if lengths != {str(nfe): nfe for nfe in self.nfe}:
             raise ValueError(f"tables must hold K rows for every K of nfe {self.nfe}, got {lengths}")
-        if set(self.files) != set(FILES) or set(self.precision) != set(GRAPHS):
-            raise ValueError(f"files must name exactly {', '.join(FILES)} and precision {', '.join(GRAPHS)}")
+        expected = self.file_names
+        if set(self.files) != set(expected) or set(self.precision) != set(GRAPHS):
+            raise ValueError(f"files must name exactly {', '.join(expected)} and precision {', '.join(GRAPHS)}")
+        if len({tokenizer.file for tokenizer in self.tokenizers}) != len(self.tokenizers):
+            raise ValueError("tokenizers must name different files")
+        video = self.media_type == "video"
+        if (self.frames is not None, self.fps is not None) != (video, video):
+            raise ValueError(f"frames and fps go with videos alone, got {self.frames} and {self.fps} for {self.media_type}")
+        if any(len(shape) != 3 + video for shape in self.sizes.values()):
+            raise ValueError(f"sizes must have latent shapes of {3 + video} numbers for {self.media_type}s, got {self.sizes}")
         return self
+
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """The files beside student.json that decide the pixels."""
+        return (*(f"{graph}.onnx" for graph in GRAPHS), *(tokenizer.file for tokenizer in self.tokenizers))
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of the longest prompt that is read to its end, marks at its ends included."""
+        return max(tokenizer.length for tokenizer in self.tokenizers)
+
+    def tensors(self, graph: GraphName) -> GraphTensors:
+        """The tensors that a graph of this student must have."""
+        if graph == "vae_decoder":
+            return GraphTensors(("latents",), ("image",))
+        if graph == "student_step":
+            counted = ("nfe",) if self.k_conditioning else ()
+            told = ("latents", "x0_prev", "timestep", "coefficients", *counted, *self.conditions)
+            return GraphTensors(told, ("next_latents", "x0"))
+        tokens = [name for place, tokenizer in enumerate(self.tokenizers) for name in token_tensors(place, tokenizer)]
+        return GraphTensors(tuple(tokens), tuple(condition for condition in self.conditions if condition != "mask"))
 
     def digest(self) -> str:
         """sha256 of the manifest's contents; white space in the file does not count."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def token_tensors(place: int, tokenizer: TokenizerSettings) -> list[str]:
+    """What the text encoder's inputs from the tokeniser at `place` (0 ..) are called: tokens, tokens_2 .., mask, mask_2 .."""
+    number = f"_{place + 1}" if place else ""
+    return [f"tokens{number}", *([f"mask{number}"] if tokenizer.masked else [])]
 
 
 @dataclass(frozen=True)
@@ -83,7 +148,9 @@ def open_student(folder: Path) -> ExportedStudent:
     if manifest.name != folder.name:
         raise StudentError(f"{folder}: its manifest is named {manifest.name!r}; rename the folder, or {MEND}")
     read(version / "model.py")  # Triton needs it, and says less well that it is missing
-    return ExportedStudent(manifest, {name: read_verified(version / name, manifest.files[name]) for name in FILES})
+    return ExportedStudent(
+        manifest, {name: read_verified(version / name, manifest.files[name]) for name in manifest.file_names}
+    )
 
 
 def read_manifest(path: Path) -> StudentManifest:

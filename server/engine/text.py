@@ -1,36 +1,49 @@
-"""Prompt -> text embeddings, once for equal prompts."""
+"""Prompt -> what the student is told of it, once for equal prompts."""
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from server.engine.errors import InvalidRequest, StudentError
-from server.engine.session import Session
+from server.engine.session import Session, Tensors
+from server.engine.student import Condition, ExportedStudent, TokenizerSettings, token_tensors
 
-PAD = 0
 CACHED_PROMPTS = 512  # of the bundled student: 6 MB
 
 
 @dataclass(frozen=True)
 class Text:
-    """An encoded prompt: mask int64 [1, L], emb float [1, L, D]; tokens counts the end mark, not the padding."""
+    """An encoded prompt. conditions: text_emb float32 [1, L, D], mask int64 [1, L] and pooled float32 [1, P], those of the
+    student; tokens counts marks at the ends, not the padding."""
 
-    mask: npt.NDArray[np.int64]
-    emb: npt.NDArray[np.float32]
+    conditions: Tensors
     tokens: int
 
 
 class TextEncoder:
-    """Tokeniser and text encoder behind a bounded cache of the prompts that were asked last. Threads may share it."""
+    """Tokenisers and text encoder behind a bounded cache of the prompts that were asked last. Threads may share it."""
 
-    def __init__(self, tokenizer: Tokenizer, session: Session, length: int, capacity: int = CACHED_PROMPTS) -> None:
-        self.tokenizer, self.session, self.length, self.capacity = tokenizer, session, length, capacity
+    def __init__(
+        self,
+        tokenizers: Sequence[tuple[TokenizerSettings, Tokenizer]],
+        session: Session,
+        conditions: Sequence[Condition],
+        capacity: int = CACHED_PROMPTS,
+    ) -> None:
+        self.tokenizers, self.session, self.conditions, self.capacity = tokenizers, session, conditions, capacity
         self.cache: OrderedDict[str, Text] = OrderedDict()
         self.lock = threading.Lock()  # held while encoding, so that equal prompts at once are encoded once
+
+    @classmethod
+    def of(cls, student: ExportedStudent, session: Session) -> "TextEncoder":
+        """With the tokenisers of a verified student; raises StudentError."""
+        manifest = student.manifest
+        opened = [(settings, open_tokenizer(settings.file, student.files[settings.file])) for settings in manifest.tokenizers]
+        return cls(opened, session, manifest.conditions)
 
     def encode(self, prompt: str) -> Text:
         """Raises InvalidRequest."""
@@ -46,32 +59,50 @@ class TextEncoder:
 
     def run(self, prompt: str) -> Text:
         """`encode` without the cache; arrays are read-only, since requests share them."""
-        tokens, mask, used = self.tokenise(prompt)
-        (emb,) = self.session.run({"tokens": tokens, "mask": mask})
-        emb.setflags(write=False)
-        mask.setflags(write=False)
-        return Text(mask, emb, used)
+        tensors, used = self.tokenise(prompt)
+        outputs = self.session.run(tensors)
+        encoded = dict(zip((name for name in self.conditions if name != "mask"), outputs, strict=True)) | tensors
+        conditions: Tensors = {name: encoded[name] for name in self.conditions}
+        for array in conditions.values():
+            array.setflags(write=False)
+        return Text(conditions, used)
 
-    def tokenise(self, prompt: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int]:
-        """prompt -> tokens [1, L] int64, mask [1, L] int64, tokens used. Raises InvalidRequest, never truncates."""
-        try:
-            ids = self.tokenizer.encode(prompt).ids
-        except TypeError:  # what the binding makes of a str that has no UTF-8
-            raise InvalidRequest("prompt holds a lone surrogate; send valid Unicode", "prompt") from None
-        length = self.length
-        if len(ids) > length:
-            raise InvalidRequest(f"prompt has {len(ids)} tokens, at most {length} are understood (end mark included)", "prompt")
-        tokens, mask = np.full((1, length), PAD, np.int64), np.zeros((1, length), np.int64)
-        tokens[0, : len(ids)], mask[0, : len(ids)] = ids, 1
-        return tokens, mask, len(ids)
+    def tokenise(self, prompt: str) -> tuple[Tensors, int]:
+        """prompt -> the text encoder's inputs, int64 [1, L] each, and tokens used. Raises InvalidRequest."""
+        tensors: Tensors = {}
+        used = 0
+        for place, (settings, tokenizer) in enumerate(self.tokenizers):
+            ids = token_ids(prompt, settings, tokenizer)
+            padded = np.full((1, settings.length), settings.pad, np.int64)
+            padded[0, : len(ids)] = ids
+            mask = np.zeros((1, settings.length), np.int64)
+            mask[0, : len(ids)] = 1
+            tensors |= dict(zip(token_tensors(place, settings), (padded, mask), strict=False))
+            used = max(used, len(ids))
+        return tensors, used
 
 
-def open_tokenizer(contents: bytes) -> Tokenizer:
-    """tokenizer.json -> a tokenizer that neither pads nor truncates; raises StudentError."""
+def token_ids(prompt: str, settings: TokenizerSettings, tokenizer: Tokenizer) -> list[int]:
+    """The prompt's tokens, at most settings.length. Raises InvalidRequest; truncates only where the settings say so."""
+    try:
+        ids: list[int] = tokenizer.encode(prompt).ids
+    except TypeError:  # what the binding makes of a str that has no UTF-8
+        raise InvalidRequest("prompt holds a lone surrogate; send valid Unicode", "prompt") from None
+    if len(ids) <= settings.length:
+        return ids
+    if not settings.truncates:
+        raise InvalidRequest(
+            f"prompt has {len(ids)} tokens, at most {settings.length} are understood (end mark included)", "prompt"
+        )
+    return [*ids[: settings.length - 1], ids[-1]]  # the end mark stays
+
+
+def open_tokenizer(file: str, contents: bytes) -> Tokenizer:
+    """A tokenizer.json -> a tokeniser that neither pads nor truncates; raises StudentError."""
     try:
         tokenizer = Tokenizer.from_buffer(contents)
     except Exception as error:  # the binding raises bare Exception
-        raise StudentError(f"tokenizer.json cannot be parsed: {error}; export the student again") from None
+        raise StudentError(f"{file} cannot be parsed: {error}; export the student again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

@@ -30,7 +30,8 @@ def triton_config(manifest: StudentManifest) -> str:
     max_batch_size is 0 because the engine batches between NFEs itself, which Triton cannot do.
     """
     inputs = ",\n".join(tensor(name, dtype, "1") for name, dtype in INPUTS.items())
-    outputs = ",\n".join([tensor("image", "TYPE_UINT8", "-1, -1, 3"), tensor("report", "TYPE_STRING", "1")])
+    shape = "-1, -1, 3" if manifest.media_type == "image" else "-1, -1, -1, 3"
+    outputs = ",\n".join([tensor("image", "TYPE_UINT8", shape), tensor("report", "TYPE_STRING", "1")])
     parameters = "\n".join(parameter(key, value) for key, value in student_parameters(manifest).items())
     return (
         f'name: "{manifest.name}"\nbackend: "python"\nmax_batch_size: 0\n'

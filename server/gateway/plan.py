@@ -119,14 +119,25 @@ def refuse_unsupported(asked: ImageGeneration) -> None:
 
 
 def find_student(name: str | None, students: dict[str, StudentCard]) -> StudentCard:
-    """The named student, or the first. Raises ApiError 404; 503 before the backend has said what it serves."""
+    """The named student, or the first that makes images.
+
+    Raises ApiError 404; 400 for a student that makes videos; 503 before the backend has said what it serves.
+    """
     if not students:
         raise ApiError(503, "the server is starting; try again", code="starting", headers={"Retry-After": "2"})
-    if name is None:
-        return next(iter(students.values()))
-    if name not in students:
+    images = [student for student in students.values() if student.media_type == "image"]
+    if name is None and images:
+        return images[0]
+    if name is None or name not in students:
         raise ApiError(404, f"model {show(name)} is not served, only {', '.join(students)}", "model", "model_not_found")
+    if students[name] not in images:
+        raise invalid(f"model {show(name)} makes videos, which this route does not; it serves {names_of(images)}", "model")
     return students[name]
+
+
+def names_of(students: list[StudentCard]) -> str:
+    """Their names, or that there is none."""
+    return ", ".join(student.name for student in students) or "no other student"
 
 
 def legal_prompt(prompt: str, student: StudentCard) -> str:
