@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from server.engine.engine import Engine, Request
 from server.engine.noise import initial_latents
-from tdm_train.checkpoint import load_student, open_teacher
-from tdm_train.denoiser import Text
+from tdm_train.checkpoint import load_student, open_pipeline
 from tdm_train.prompts import encode_prompts
 from tdm_train.rollout import rollout
 from tdm_train.scenes.autoencoder import to_blocks, to_image
@@ -89,7 +88,7 @@ class Teacher:
     """A diffusers teacher folder, run by diffusers' own pipeline."""
 
     def __init__(self, folder: Path, evaluation: Evaluation):
-        self.pipeline, self.evaluation = open_teacher(folder), evaluation
+        self.pipeline, self.evaluation = open_pipeline(folder), evaluation
         config = self.pipeline.transformer.config
         self.shape = (config.in_channels, config.sample_size, config.sample_size)
 
@@ -154,12 +153,10 @@ def student_rows(folder: Path, nfe_counts: list[int], evaluation: Evaluation) ->
 def _draw_student(folder: Path, evaluation: Evaluation) -> Callable[[int], Callable[[slice], np.ndarray]]:
     student = load_student(folder)
     teacher = Teacher(folder, evaluation)  # the same folder, opened as a pipeline: its decoder
-    pipeline, length = student.pipeline, student.description["text_length"]
-    texts = encode_prompts(list(evaluation.captions), pipeline.tokenizer, pipeline.text_encoder, length)
+    texts = encode_prompts(student.pipeline, list(evaluation.captions), student.description.text_length)
 
     def draw(nfe: int, part: slice) -> np.ndarray:
-        text = Text(texts.emb[part], texts.mask[part])
-        noise = evaluation.noise(part, teacher.shape)
+        text, noise = texts.select(part), evaluation.noise(part, teacher.shape)
         return teacher.decode(rollout(student.denoiser, student.denoiser.schedule, noise, text, nfe).states[0])
 
     return lambda nfe: lambda part: draw(nfe, part)

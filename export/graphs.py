@@ -6,7 +6,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import T5EncoderModel
 
-from tdm_train.denoiser import PixArtDenoiser, Text
+from tdm_train.denoiser import Denoiser, Text
 
 
 class TextEncoder(nn.Module):
@@ -30,12 +30,12 @@ class StudentStep(nn.Module):
     timestep, coefficients and nfe, so requests at different steps share a batch.
     """
 
-    def __init__(self, denoiser: PixArtDenoiser):
+    def __init__(self, denoiser: Denoiser):
         super().__init__()
         self.denoiser = denoiser
         # PixArt squeezes dimension 1 after proj_out, which acts on nothing in PyTorch but becomes an ONNX Squeeze that
         # onnxruntime refuses; a dimension of one put in front of it makes both the same.
-        denoiser.transformer.proj_out.register_forward_hook(lambda module, inputs, output: output[:, None])
+        denoiser.network.proj_out.register_forward_hook(lambda module, inputs, output: output[:, None])
 
     def forward(
         self,

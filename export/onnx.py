@@ -30,7 +30,7 @@ class Graph:
 
 def student_graphs(student: Student, max_batch: int) -> list[Graph]:
     """The three graphs of a student with random example inputs (batch 2)."""
-    transformer, length = student.pipeline.transformer.config, student.description["text_length"]
+    transformer, length = student.pipeline.transformer.config, student.description.text_length
     latents = torch.randn(2, transformer.in_channels, transformer.sample_size, transformer.sample_size)
     mask = torch.ones(2, length, dtype=torch.int64)
     step_inputs = {

@@ -41,7 +41,7 @@ def export_student(folder: Path, repository: Path, dry_run: bool = False) -> tup
     if not dry_run:
         repository.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=None if dry_run else repository, prefix=".export-") as temporary:
-        built, target = Path(temporary) / student.description["name"], repository / student.description["name"]
+        built, target = Path(temporary) / student.description.name, repository / student.description.name
         report = build(student, built)
         if failed := [check for check in report.checks if not check.passed]:
             lines = "; ".join(f"{check.what}: {check.error:.3g} > {check.tolerance:.3g}" for check in failed)
@@ -62,7 +62,7 @@ def build(student: Student, folder: Path) -> Report:
         for graph in bar:
             bar.set_postfix_str(graph.name)
             started = time.perf_counter()
-            export_graph(graph, version / f"{graph.name}.onnx", MAX_BATCH, student.description["text_length"])
+            export_graph(graph, version / f"{graph.name}.onnx", MAX_BATCH, student.description.text_length)
             seconds[graph.name] = time.perf_counter() - started
     student.pipeline.tokenizer.backend_tokenizer.save(str(version / "tokenizer.json"))
     manifest = describe(student, tables, version)
@@ -96,24 +96,24 @@ def describe(student: Student, tables: dict[str, list[Row]], version: Path) -> S
     return StudentManifest.model_validate(
         {
             "format": 1,
-            "name": described["name"],
-            "family": described["family"],
+            "name": described.name,
+            "family": described.family,
             "media_type": "image",
-            "base": described["base"],
+            "base": described.base,
             "revision": datetime.date.today().isoformat(),
             "prediction_type": prediction_type(scheduler),
             "solver": solver_name(scheduler),
-            "nfe": described["nfe"],
-            "default_nfe": described["default_nfe"],
+            "nfe": described.nfe,
+            "default_nfe": described.default_nfe,
             "tables": tables,
             "sizes": {f"{side}x{side}": [transformer.in_channels, transformer.sample_size, transformer.sample_size]},
-            "text_length": described["text_length"],
+            "text_length": described.text_length,
             "max_prompt_characters": MAX_PROMPT_CHARACTERS,
             "max_batch": MAX_BATCH,
             "init_noise_sigma": float(getattr(scheduler, "init_noise_sigma", 1.0)),
             "precision": dict.fromkeys(("text_encoder", "student_step", "vae_decoder"), "fp32"),
             "k_conditioning": True,
-            "training": described["training"],
+            "training": described.training,
             "files": {name: hashlib.sha256((version / name).read_bytes()).hexdigest() for name in files},
             "versions": {
                 "torch": torch.__version__,

@@ -162,7 +162,7 @@ def exported_latents(
     rows: list[Row],
 ) -> NDArray[Any]:
     """What the exported graphs make of PROMPTS at one K: float32 [B, C, h, w], not yet decoded."""
-    batch, length = len(PROMPTS), student.description["text_length"]
+    batch, length = len(PROMPTS), student.description.text_length
     encoded = student.pipeline.tokenizer(list(PROMPTS), padding="max_length", max_length=length, return_tensors="np")
     mask = encoded["attention_mask"].astype(np.int64)
     text_emb = sessions["text_encoder"].run(None, {"tokens": encoded["input_ids"].astype(np.int64), "mask": mask})[0]
@@ -192,7 +192,7 @@ def diffusers_latents(student: Student, prompts: list[str], noise: torch.Tensor,
             guidance_scale=1.0,
             latents=noise.clone(),
             output_type="latent",
-            max_sequence_length=student.description["text_length"],
+            max_sequence_length=student.description.text_length,
             use_resolution_binning=False,
             clean_caption=False,
         ).images

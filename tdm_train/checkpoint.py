@@ -1,83 +1,109 @@
-"""The student folder: a diffusers pipeline with the largest K folded in, plus `student.json` and the K vectors.
+"""Diffusers folders in, student folders in and out.
 
-`DiffusionPipeline.from_pretrained` opens the folder and samples at that K; `load_student` restores every K.
+A student folder is a diffusers pipeline with the largest K folded in, plus `student.json` and, with K-conditioning, the K
+vectors. `DiffusionPipeline.from_pretrained` opens it and samples at that K; `load_student` restores every K.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from tdm_train.denoiser import PixArtDenoiser
-from tdm_train.schedule import NoiseSchedule
-from tdm_train.steps_aware import fold, unfold
+from tdm_train.backbones import backbone_named, backbone_of
+from tdm_train.denoiser import Denoiser
+from tdm_train.description import Description, read_description
+from tdm_train.samplers import student_sampler
+from tdm_train.steps_aware import StepsAwareEmbedding, fold, timestep_embedding, unfold
 
-FORMAT = 1
 K_VECTORS = "k_conditioning.safetensors"
 
 
 @dataclass(frozen=True)
 class Student:
-    """An opened student folder: the pipeline (its transformer steps-aware), the denoiser over it, and student.json."""
+    """An opened student folder: the pipeline (its network steps-aware, if it is), the denoiser over it, and student.json."""
 
-    pipeline: PixArtSigmaPipeline
-    denoiser: PixArtDenoiser
-    description: dict[str, Any]
+    pipeline: Any
+    denoiser: Denoiser
+    description: Description
 
     @property
     def nfe_set(self) -> tuple[int, ...]:
-        return tuple(self.description["nfe"])
+        return tuple(self.description.nfe)
 
 
-def open_teacher(folder: Path) -> PixArtSigmaPipeline:
-    """Opens a teacher (a diffusers folder of PixArt classes) in float32, with the plain attention that is fast on CPU."""
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} is not a diffusers folder: it has no model_index.json")
-    pipeline = PixArtSigmaPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-    pipeline.transformer.set_attn_processor(AttnProcessor())
-    pipeline.vae.set_attn_processor(AttnProcessor())
+def open_pipeline(source: Path | str) -> Any:
+    """Opens a diffusers folder, or a hub id ("owner/name"), of a class that tdm_train/backbones knows, in float32.
+
+    Weights are read from safetensors alone. Without a GPU it gets the plain attention, which is faster on CPU. Raises
+    ValueError for what is no pipeline or one of another class, before any weights are read.
+    """
+    folder = Path(source)
+    if (folder.exists() or str(source).count("/") != 1) and not (folder / "model_index.json").is_file():
+        raise ValueError(f"{source} is not a diffusers folder: it has no model_index.json")
+    try:
+        backbone_named(DiffusionPipeline.load_config(str(source))["_class_name"])
+        pipeline = DiffusionPipeline.from_pretrained(str(source), dtype=torch.float32, use_safetensors=True)
+    except OSError as error:
+        raise ValueError(f"{source} cannot be opened as a diffusers pipeline: {error}") from None
+    if not torch.cuda.is_available():
+        plain_attention(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def schedule_of(pipeline: PixArtSigmaPipeline) -> NoiseSchedule:
-    """The noise schedule that a pipeline's diffusers scheduler states."""
-    config = pipeline.scheduler.config
-    if config.prediction_type == "flow_prediction":
-        return NoiseSchedule("flow_prediction")
-    return NoiseSchedule(config.prediction_type, pipeline.scheduler.alphas_cumprod.float())
+def plain_attention(pipeline: Any) -> None:
+    """Takes the fused attention out of every part that has no other kind: at the few tokens of small models it is slow."""
+    for part in pipeline.components.values():
+        processors = getattr(part, "attn_processors", {}).values()
+        if processors and all(type(processor) is AttnProcessor2_0 for processor in processors):
+            part.set_attn_processor(AttnProcessor())
 
 
-def student_sampler() -> DPMSolverMultistepScheduler:
-    """The student's deterministic sampler in diffusers' terms: DPM-Solver++ of first order (= DDIM) over flow sigmas."""
-    return DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, solver_order=1, final_sigmas_type="zero"
-    )
+def denoiser_of(pipeline: Any) -> Denoiser:
+    """The denoiser over an open pipeline's network, under the noise schedule that the pipeline's scheduler states."""
+    denoiser: Denoiser = backbone_of(pipeline).denoiser_of(pipeline)
+    return denoiser
 
 
-def save_student(
-    teacher: PixArtSigmaPipeline, transformer: PixArtTransformer2DModel, description: dict[str, Any], folder: Path
-) -> None:
-    """Writes the student folder in half precision. `transformer` is steps-aware and is left folded to its largest K."""
-    vectors = fold(transformer, max(description["nfe"]))
-    components = {**teacher.components, "transformer": transformer, "scheduler": student_sampler()}
-    PixArtSigmaPipeline(**components).to(torch.float16).save_pretrained(folder)
-    save_file({"k_embedding": vectors.half().contiguous().cpu()}, folder / K_VECTORS)
-    (folder / "student.json").write_text(json.dumps({"format": FORMAT, **description}, indent=1) + "\n")
+def save_student(teacher: Any, network: nn.Module, description: Description, folder: Path, sampler: Any = None) -> None:
+    """Writes the student folder in half precision: the teacher's pipeline with `network` in place of its own.
+
+    network: left folded to its largest K where it is steps-aware, as `description` must say it is. sampler: the diffusers
+    scheduler that the student is to be run with; the one of tdm_train/samplers.py where none is given. The teacher's parts
+    are left in half precision.
+    """
+    backbone = backbone_of(teacher)
+    steps_aware = isinstance(timestep_embedding(network)[1], StepsAwareEmbedding)
+    assert (description.family, description.k_conditioning) == (backbone.FAMILY, steps_aware)
+    vectors = fold(network, max(description.nfe)) if steps_aware else None
+    parts = {backbone.NETWORK: network, "scheduler": sampler or student_sampler(teacher.scheduler)}
+    type(teacher).from_pipe(teacher, dtype=torch.float16, **parts).save_pretrained(folder)
+    if vectors is not None:
+        save_file({"k_embedding": vectors.half().contiguous().cpu()}, folder / K_VECTORS)
+    description.write(folder)
 
 
 def load_student(folder: Path) -> Student:
-    """Opens a student folder in float32 with its K-conditioning in place."""
-    if not (folder / "student.json").is_file():
-        raise ValueError(f"{folder} is not a student folder: it has no student.json (fewstep train scenes_tdm makes one)")
-    description = json.loads((folder / "student.json").read_text())
-    if description.get("format") != FORMAT:
-        raise ValueError(f"{folder}/student.json has format {description.get('format')!r}, this version reads {FORMAT}")
-    pipeline = open_teacher(folder)
-    unfold(pipeline.transformer, load_file(folder / K_VECTORS)["k_embedding"].float(), max(description["nfe"]))
-    return Student(pipeline, PixArtDenoiser(pipeline.transformer, schedule_of(pipeline)), description)
+    """Opens a student folder in float32 with its K-conditioning in place and the scheduler that the folder states."""
+    description = read_description(folder)
+    if description.k_conditioning != (folder / K_VECTORS).is_file():
+        there = "lacks" if description.k_conditioning else "has"
+        raise ValueError(f"{folder} {there} {K_VECTORS}, but its student.json says k_conditioning={description.k_conditioning}")
+    pipeline = open_pipeline(folder)
+    family = backbone_of(pipeline).FAMILY
+    if family != description.family:
+        raise ValueError(f"{folder}/student.json says family {description.family!r}, its pipeline is of {family!r}")
+    denoiser = denoiser_of(pipeline)
+    if description.k_conditioning:
+        vectors = load_file(folder / K_VECTORS)["k_embedding"].float()
+        if len(vectors) != max(description.nfe) + 1:
+            raise ValueError(
+                f"{folder / K_VECTORS} has {len(vectors)} vectors, nfe {description.nfe} needs {max(description.nfe) + 1}"
+            )
+        unfold(denoiser.network, vectors, max(description.nfe))
+    return Student(pipeline, denoiser, description)

@@ -1,12 +1,15 @@
 """Prompts, encoded once: all that TDM trains on."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
+from tdm_train.backbones import backbone_of
 from tdm_train.denoiser import Text
+
+CHUNK = 200
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -21,15 +24,17 @@ def read_prompts(file: Path) -> list[str]:
     return prompts
 
 
-@torch.no_grad()
-def encode_prompts(prompts: list[str], tokenizer: PreTrainedTokenizerBase, text_encoder: T5EncoderModel, length: int) -> Text:
-    """Encodes prompts, each padded to `length` tokens: emb float32 [N, length, D], mask int64 [N, length]."""
-    embeddings, masks = [], []
-    for start in tqdm(range(0, len(prompts), 200), desc="encoding prompts", disable=len(prompts) < 2000, dynamic_ncols=True):
-        batch = tokenizer(prompts[start : start + 200], padding="max_length", max_length=length, return_tensors="pt")
-        if batch.input_ids.shape[1] > length:
-            longest = max(prompts[start : start + 200], key=len)
-            raise ValueError(f"a prompt has {batch.input_ids.shape[1]} tokens, at most {length} are legal: {longest!r}")
-        embeddings.append(text_encoder(batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state)
-        masks.append(batch.attention_mask)
-    return Text(torch.cat(embeddings), torch.cat(masks))
+def encode_prompts(pipeline: Any, prompts: list[str], length: int) -> Text:
+    """Encodes prompts as the pipeline does, each padded to `length` tokens; raises ValueError for a longer one."""
+    encode = backbone_of(pipeline).encode
+    starts = tqdm(range(0, len(prompts), CHUNK), desc="encoding prompts", disable=len(prompts) < 2000, dynamic_ncols=True)
+    return Text.concatenate(*(encode(pipeline, prompts[start : start + CHUNK], length) for start in starts))
+
+
+def encode_empty(pipeline: Any, length: int) -> Text:
+    """What the pipeline guides away from when it is given no negative prompt: the empty prompt, or zeros (SDXL)."""
+    empty = encode_prompts(pipeline, [""], length)
+    if not pipeline.config.get("force_zeros_for_empty_prompt", False):
+        return empty
+    assert empty.pooled is not None
+    return Text(torch.zeros_like(empty.emb), pooled=torch.zeros_like(empty.pooled))

@@ -1,53 +1,94 @@
 """K-conditioning: the number of evaluations a trajectory has is an input of the student and of the fake score.
 
 One learned vector per K, zero at the start (so an exact no-op), is added to the network's timestep embedding. For one K
-it can be folded into a bias, which turns the network back into a plain diffusers model of that K.
+it can be folded into a bias, which turns the network back into a plain diffusers model of that K. Every diffusers network
+used here puts its timestep through one TimestepEmbedding, so one wrapper serves them all.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers.models.embeddings import TimestepEmbedding
 from torch import nn
 
 MAX_NFE = 64
+NAMES = (
+    "timestep_embedder",
+    "time_embedding",
+    "time_embedder",
+)  # what networks call it; they embed sizes and offsets by others
 
 
 class StepsAwareEmbedding(nn.Module):
-    """Takes the place of `adaln_single.emb`: the same timestep embedding plus `k_embedding[nfe]`.
+    """Takes the place of a network's TimestepEmbedding: the same embedding plus `k_embedding[nfe]`.
 
-    diffusers passes `added_cond_kwargs` through to this module, so `nfe` [B] int64 arrives with them.
+    `nfe` [B] int64 stands here for the time of one evaluation (see `told_nfe`), since no network's signature has room for it.
     """
 
-    def __init__(self, inner: nn.Module, k_embedding: torch.Tensor):
+    inner: TimestepEmbedding
+
+    def __init__(self, inner: TimestepEmbedding, k_embedding: torch.Tensor):
         super().__init__()
         self.inner = inner
         self.k_embedding = nn.Parameter(k_embedding)
+        self.nfe: torch.Tensor | None = None
 
-    def forward(self, timestep: torch.Tensor, nfe: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        embedded: torch.Tensor = self.inner(timestep, resolution=None, aspect_ratio=None, **kwargs)
-        return embedded + self.k_embedding[nfe].to(embedded.dtype)
+    def forward(self, sample: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        if self.nfe is None:
+            raise ValueError("a steps-aware network must be told nfe, int64 [B]: call its denoiser with it, or fold it")
+        embedded: torch.Tensor = self.inner(sample, condition)
+        return embedded + self.k_embedding[self.nfe].to(embedded.dtype)
 
 
-def make_steps_aware(transformer: PixArtTransformer2DModel, nfe_set: tuple[int, ...]) -> None:
-    """Gives a transformer a zero vector for each K of `nfe_set` (1 .. 64), in place."""
+def make_steps_aware(network: nn.Module, nfe_set: tuple[int, ...]) -> None:
+    """Gives a network a zero vector for each K of `nfe_set` (1 .. 64), in place."""
     if not nfe_set or min(nfe_set) < 1 or max(nfe_set) > MAX_NFE:
         raise ValueError(f"NFE counts {nfe_set} are not all in 1 .. {MAX_NFE}")
-    width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
-    transformer.adaln_single.emb = StepsAwareEmbedding(transformer.adaln_single.emb, torch.zeros(max(nfe_set) + 1, width))
+    name, inner = timestep_embedding(network)
+    if not isinstance(inner, TimestepEmbedding) or inner.post_act is not None or inner.linear_2.bias is None:
+        raise ValueError(f"{type(network).__name__}.{name} is {inner}: legal is a plain TimestepEmbedding that ends in a bias")
+    weight = inner.linear_2.weight
+    network.set_submodule(name, StepsAwareEmbedding(inner, weight.new_zeros(max(nfe_set) + 1, len(weight))))
 
 
-def fold(transformer: PixArtTransformer2DModel, nfe: int) -> torch.Tensor:
-    """Turns a steps-aware transformer into a plain one that behaves as at `nfe`, in place; returns its K vectors."""
-    embedding = transformer.adaln_single.emb
+def fold(network: nn.Module, nfe: int) -> torch.Tensor:
+    """Turns a steps-aware network into a plain one that behaves as at `nfe`, in place; returns its K vectors."""
+    name, embedding = timestep_embedding(network)
     assert isinstance(embedding, StepsAwareEmbedding)
     vectors = embedding.k_embedding.detach().clone()
-    transformer.adaln_single.emb = embedding.inner
-    transformer.adaln_single.emb.timestep_embedder.linear_2.bias.data += vectors[nfe]
+    embedding.inner.linear_2.bias.data += vectors[nfe]
+    network.set_submodule(name, embedding.inner)
     return vectors
 
 
-def unfold(transformer: PixArtTransformer2DModel, vectors: torch.Tensor, nfe: int) -> None:
+def unfold(network: nn.Module, vectors: torch.Tensor, nfe: int) -> None:
     """The inverse of `fold`, in place: `vectors` [K + 1, width] as it returned them."""
-    transformer.adaln_single.emb.timestep_embedder.linear_2.bias.data -= vectors[nfe]
-    transformer.adaln_single.emb = StepsAwareEmbedding(transformer.adaln_single.emb, vectors.clone())
+    name, inner = timestep_embedding(network)
+    assert isinstance(inner, TimestepEmbedding)
+    if vectors.shape[1:] != inner.linear_2.bias.shape:
+        raise ValueError(f"K vectors are {list(vectors.shape)}, legal for this network: [K + 1, {len(inner.linear_2.bias)}]")
+    inner.linear_2.bias.data -= vectors[nfe]
+    network.set_submodule(name, StepsAwareEmbedding(inner, vectors.clone()))
+
+
+@contextmanager
+def told_nfe(network: nn.Module, nfe: torch.Tensor | None) -> Iterator[None]:
+    """Within it, a steps-aware network hears `nfe` [B] int64; a plain one is the same at every NFE and hears nothing."""
+    _, embedding = timestep_embedding(network)
+    if not isinstance(embedding, StepsAwareEmbedding):
+        yield
+        return
+    embedding.nfe = nfe
+    try:
+        yield
+    finally:
+        embedding.nfe = None
+
+
+def timestep_embedding(network: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module, plain or steps-aware, through which a network's timestep goes."""
+    for name, module in network.named_modules():
+        if name.rpartition(".")[2] in NAMES and isinstance(module, (TimestepEmbedding, StepsAwareEmbedding)):
+            return name, module
+    raise ValueError(f"{type(network).__name__} has no TimestepEmbedding named {' or '.join(NAMES)}")

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +75,15 @@ def tiny_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     repository = tmp_path_factory.mktemp("repository")
     build_tiny_student(repository)
     return repository
+
+
+@pytest.fixture(scope="session")
+def miniatures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name in tests/miniatures.py -> the folder of that pipeline, made when first asked for. Not to be changed."""
+    from tests.miniatures import save_miniature  # imports diffusers: seconds that only some tests should pay
+
+    folder = tmp_path_factory.mktemp("miniatures")
+    return lambda name: folder / name if (folder / name).exists() else save_miniature(name, folder / name)
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ from export.verify import Check, Trajectory, compare_graph
 from fewstep import app
 from server.engine.student import GRAPHS, StudentManifest, open_student
 from server.inspect import as_text, inspect
-from tdm_train.checkpoint import load_student, open_teacher, save_student
+from tdm_train.checkpoint import load_student, open_pipeline, save_student
 from tdm_train.recipes import TdmRecipe
 from tdm_train.scenes.autoencoder import new_autoencoder
 from tdm_train.scenes.teacher import TeacherLoss, new_transformer, save_teacher
 from tdm_train.scenes.text_encoder import new_text_encoder, new_tokenizer
-from tdm_train.steps_aware import make_steps_aware
+from tdm_train.steps_aware import make_steps_aware, timestep_embedding
 from tdm_train.trainer import describe
 from tests.conftest import ROOT, start_server
 
@@ -39,11 +39,11 @@ def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = new_tokenizer()
     text_encoder = new_text_encoder(len(tokenizer))
     save_teacher(TeacherLoss(new_transformer()), text_encoder, new_autoencoder(), tokenizer, folder / "teacher")
-    teacher = open_teacher(folder / "teacher")
+    teacher = open_pipeline(folder / "teacher")
     transformer = teacher.transformer
     make_steps_aware(transformer, (1, 2, 3, 4))
-    torch.nn.init.normal_(transformer.adaln_single.emb.k_embedding)
-    save_student(teacher, transformer, describe(TdmRecipe()), folder / "student")
+    torch.nn.init.normal_(timestep_embedding(transformer)[1].k_embedding)
+    save_student(teacher, transformer, describe(TdmRecipe(), teacher), folder / "student")
     return folder / "student"
 
 
@@ -83,7 +83,7 @@ def test_no_graph_tells_where_it_was_exported(published: tuple[Path, Report]) ->
 
 def test_k_conditioning_travels_through_folder_and_reload(student_folder: Path) -> None:
     student = load_student(student_folder)
-    vectors = student.pipeline.transformer.adaln_single.emb.k_embedding
+    vectors = timestep_embedding(student.denoiser.network)[1].k_embedding
     assert vectors.shape == (5, 192)
     assert float(vectors.detach().abs().min(1).values.max()) > 0
     assert student.nfe_set == (1, 2, 3, 4)

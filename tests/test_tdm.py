@@ -6,11 +6,12 @@ import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 
-from tdm_train.denoiser import PixArtDenoiser, Text
+from tdm_train.backbones.pixart import PixArtDenoiser
+from tdm_train.denoiser import Text
 from tdm_train.losses import fake_score_loss, importance_weight, student_loss
 from tdm_train.rollout import draw_tau, guided_x0, query, rollout
 from tdm_train.schedule import NoiseSchedule, expand, grid
-from tdm_train.steps_aware import fold, make_steps_aware, unfold
+from tdm_train.steps_aware import fold, make_steps_aware, timestep_embedding, unfold
 
 ABAR = torch.linspace(0.9999**0.5, 0.0047**0.5, 1000).square()
 SCHEDULES = [NoiseSchedule("flow_prediction"), NoiseSchedule("epsilon", ABAR), NoiseSchedule("v_prediction", ABAR)]
@@ -94,8 +95,8 @@ def test_the_students_gradient_points_from_the_teacher_to_the_fake_score() -> No
 def three_networks() -> tuple[PixArtDenoiser, PixArtDenoiser, PixArtDenoiser]:
     teacher = tiny_denoiser()
     student, fake_score = copy.deepcopy(teacher), copy.deepcopy(teacher)
-    make_steps_aware(student.transformer, (1, 2, 4))
-    make_steps_aware(fake_score.transformer, (1, 2, 4))
+    make_steps_aware(student.network, (1, 2, 4))
+    make_steps_aware(fake_score.network, (1, 2, 4))
     return student, teacher, fake_score
 
 
@@ -132,27 +133,27 @@ def test_the_importance_weight_is_one_for_equal_noise_and_is_clipped() -> None:
 def test_k_conditioning_starts_as_an_exact_no_op() -> None:
     plain = tiny_denoiser()
     aware = copy.deepcopy(plain)
-    make_steps_aware(aware.transformer, (1, 2, 3, 4))
+    make_steps_aware(aware.network, (1, 2, 3, 4))
     x, t, words = torch.randn(BATCH, 4, 4, 4), torch.full((BATCH,), 500.0), text()
     assert torch.equal(plain(x, t, words)[0], aware(x, t, words, torch.full((BATCH,), 3))[0])
 
 
 def test_a_folded_student_is_the_steps_aware_one_at_that_k_and_unfolds_again() -> None:
     aware = tiny_denoiser()
-    make_steps_aware(aware.transformer, (1, 4))
-    torch.nn.init.normal_(aware.transformer.adaln_single.emb.k_embedding)
+    make_steps_aware(aware.network, (1, 4))
+    torch.nn.init.normal_(timestep_embedding(aware.network)[1].k_embedding)
     x, t, words = torch.randn(BATCH, 4, 4, 4), torch.full((BATCH,), 500.0), text()
     at = {nfe: aware(x, t, words, torch.full((BATCH,), nfe))[0] for nfe in (1, 4)}
     assert not torch.allclose(at[1], at[4])
-    vectors = fold(aware.transformer, 4)
+    vectors = fold(aware.network, 4)
     torch.testing.assert_close(aware(x, t, words)[0], at[4])
-    unfold(aware.transformer, vectors, 4)
+    unfold(aware.network, vectors, 4)
     torch.testing.assert_close(aware(x, t, words, torch.ones(BATCH, dtype=torch.int64))[0], at[1])
 
 
 def test_k_outside_the_legal_range_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(0, 4\) are not all in 1 .. 64"):
-        make_steps_aware(tiny_denoiser().transformer, (0, 4))
+        make_steps_aware(tiny_denoiser().network, (0, 4))
 
 
 def test_a_trajectory_starts_at_the_noise_ends_at_x0_and_is_deterministic() -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from tdm_train.checkpoint import load_student, open_teacher
+from tdm_train.checkpoint import load_student, open_pipeline
 from tdm_train.prompts import encode_prompts
 from tdm_train.recipes import TdmRecipe
 from tdm_train.rollout import rollout
+from tdm_train.steps_aware import fold, timestep_embedding
 from tdm_train.trainer import train_tdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,10 +25,8 @@ def distil(out: Path, iterations: int) -> Path:
 
 
 def test_a_student_of_no_iterations_is_its_teacher(tmp_path: Path) -> None:
-    student, teacher = load_student(distil(tmp_path, 0)), open_teacher(TEACHER)
-    embedding = student.pipeline.transformer.adaln_single.emb
-    assert not embedding.k_embedding.any()
-    student.pipeline.transformer.adaln_single.emb = embedding.inner
+    student, teacher = load_student(distil(tmp_path, 0)), open_pipeline(TEACHER)
+    assert not fold(student.denoiser.network, 4).any()
     theirs = teacher.transformer.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in student.pipeline.transformer.state_dict().items())
 
@@ -35,10 +34,10 @@ def test_a_student_of_no_iterations_is_its_teacher(tmp_path: Path) -> None:
 def test_training_moves_the_student_and_diffusers_alone_samples_it_to_the_same_latents(tmp_path: Path) -> None:
     folder = distil(tmp_path, 3)
     student = load_student(folder)
-    assert student.pipeline.transformer.adaln_single.emb.k_embedding.any()
+    assert timestep_embedding(student.denoiser.network)[1].k_embedding.any()
     noise = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        text = encode_prompts(PROMPTS, student.pipeline.tokenizer, student.pipeline.text_encoder, 32)
+        text = encode_prompts(student.pipeline, PROMPTS, 32)
         ours = rollout(student.denoiser, student.denoiser.schedule, noise, text, 4).states[0]
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
         options = {"guidance_scale": 1, "use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 32}

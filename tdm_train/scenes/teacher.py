@@ -11,8 +11,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
-from tdm_train.checkpoint import open_teacher
-from tdm_train.denoiser import PixArtDenoiser, Text
+from tdm_train.backbones.pixart import PixArtDenoiser
+from tdm_train.checkpoint import open_pipeline
+from tdm_train.denoiser import Text
 from tdm_train.recipes import TeacherRecipe
 from tdm_train.run import Run
 from tdm_train.scenes.autoencoder import to_blocks
@@ -117,7 +118,7 @@ def train_teacher(recipe: TeacherRecipe, out: Path, resume: bool) -> None:
     latents = encode_scenes(vae, seeds, out / f"latents_{run.rank}_of_{run.processes}_{recipe.scenes}.npy")
     tokenizer = new_tokenizer()
     torch.manual_seed(recipe.seed)
-    module = TeacherLoss(open_teacher(Path(recipe.start)).transformer if recipe.start else new_transformer())
+    module = TeacherLoss(open_pipeline(recipe.start).transformer if recipe.start else new_transformer())
     torch.manual_seed(recipe.seed * 1000 + run.rank)
     loss_of, optimizer = run.prepare(module, recipe.lr, recipe.warmup, recipe.ema, betas=(0.9, 0.99), weight_decay=0.01)
     smooth = 1.0
@@ -147,7 +148,7 @@ def save_teacher(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         vae=vae,
-        transformer=module.denoiser.transformer,
+        transformer=module.denoiser.network,
         scheduler=teacher_sampler(),
     )
     pipeline.to(torch.float16).save_pretrained(folder)
