@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -81,16 +81,19 @@ def with_changes(recipe: object, changes: list[str]) -> object:
 def export(
     student: Annotated[Path, typer.Argument(help="a student folder, as `fewstep train scenes_tdm` writes it")],
     to: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+    decoder: Annotated[Literal["full", "tiny"], typer.Option(help="tiny: the student's vae_tiny, as NAME-tiny")] = "full",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="export and check, but publish nothing")] = False,
 ) -> None:
-    """Exports a student to ONNX, proves the graphs equal to PyTorch and publishes them for Triton.
+    """Exports a student to ONNX, proves the graphs equal to PyTorch and to diffusers, and publishes them for Triton.
+
+    Students of PixArt, Stable Diffusion 1.x and 2.x, SDXL, Stable Diffusion 3 and CogVideoX are known.
 
     Example: fewstep export runs/scenes_tdm/student --to model_repository
     """
     with one_line_errors("export"):
         from export.publish import export_student
 
-        path, report = export_student(student, to, dry_run)
+        path, report = export_student(student, to, dry_run, decoder)
         print(report.as_text())
         print(f"\ndry run: all passed, nothing was published as {path}" if dry_run else f"\npublished {path}, with a report.md")
 

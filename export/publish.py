@@ -6,43 +6,51 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any, Literal
 
 import diffusers
 import onnx
 import onnxruntime
 import torch
+from diffusers import AutoencoderTiny
 from tqdm import tqdm
 
-from export.graphs import pixel_size
+from export.families import FAMILIES
 from export.linear_samplers import prediction_type, solver_name
-from export.onnx import export_graph, student_graphs
+from export.onnx import export_graph
 from export.report import GraphFile, Report, write_report
 from export.sampler_table import Row, sampler_table
+from export.student_graphs import MAX_BATCH, example_shape, student_graphs
 from export.verify import verify
 from server.engine.student import GRAPHS, StudentManifest
 from server.engine.triton_config import MODEL_PY, triton_config
+from tdm_train.backbones import backbone_of
 from tdm_train.checkpoint import Student, load_student
 
-MAX_BATCH = 16
-MAX_PROMPT_CHARACTERS = 300
+FEWEST_CHARACTERS, CHARACTERS_PER_TOKEN = 300, 8  # of the longest legal prompt; a prompt of too many tokens is refused later
+TINY = "vae_tiny"  # where a student folder keeps a distilled decoder
+Decoder = Literal["full", "tiny"]
 
 
 class ExportRefused(ValueError):
     """The exported graphs do not equal PyTorch, so nothing was published."""
 
 
-def export_student(folder: Path, repository: Path, dry_run: bool = False) -> tuple[Path, Report]:
+def export_student(folder: Path, repository: Path, dry_run: bool = False, decoder: Decoder = "full") -> tuple[Path, Report]:
     """Exports the student in `folder` and publishes it as `repository/<name>`; returns that path and what was proven.
 
-    A dry run does all the same but publish, and leaves `repository` alone. Raises ValueError for a folder that is no student,
-    and ExportRefused when a check fails: then nothing changes.
+    decoder: full, or tiny for the AutoencoderTiny in `folder/vae_tiny`, published as `<name>-tiny`. A dry run does all the same
+    but publish, and leaves `repository` alone. Raises ValueError for a folder that is no student, and ExportRefused when a
+    check fails: then nothing changes.
     """
     student = load_student(folder)
+    vae = student.pipeline.vae if decoder == "full" else open_tiny_decoder(folder)
+    name = student.description.name if decoder == "full" else f"{student.description.name}-tiny"
     if not dry_run:
         repository.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=None if dry_run else repository, prefix=".export-") as temporary:
-        built, target = Path(temporary) / student.description.name, repository / student.description.name
-        report = build(student, built)
+        built, target = Path(temporary) / name, repository / name
+        report = build(student, vae, built)
         if failed := [check for check in report.checks if not check.passed]:
             lines = "; ".join(f"{check.what}: {check.error:.3g} > {check.tolerance:.3g}" for check in failed)
             raise ExportRefused(f"nothing was published, the graphs differ from PyTorch: {lines}")
@@ -52,24 +60,33 @@ def export_student(folder: Path, repository: Path, dry_run: bool = False) -> tup
         return target, report
 
 
-def build(student: Student, folder: Path) -> Report:
+def open_tiny_decoder(folder: Path) -> AutoencoderTiny:
+    """The student's distilled decoder in float32; raises ValueError where it has none."""
+    if not (folder / TINY / "config.json").is_file():
+        raise ValueError(f"{folder} has no tiny decoder: {TINY} must hold an AutoencoderTiny made for this student's latents")
+    return AutoencoderTiny.from_pretrained(folder / TINY, torch_dtype=torch.float32, use_safetensors=True).eval()
+
+
+def build(student: Student, vae: Any, folder: Path) -> Report:
     """Writes the whole exported student into `folder`, checks it, and reports beside it."""
     begin = time.perf_counter()
-    version, tables = folder / "1", sampler_tables(student)
+    version, tables, sizes = folder / "1", sampler_tables(student), latent_shapes(student)
     version.mkdir(parents=True)
-    graphs, seconds = student_graphs(student, MAX_BATCH), {}
+    graphs, seconds = student_graphs(student, vae, list(sizes.values())), {}
+    traced = example_shape(student, list(sizes.values()))
     with tqdm(graphs, desc="exporting", dynamic_ncols=True) as bar:
         for graph in bar:
             bar.set_postfix_str(graph.name)
             started = time.perf_counter()
-            export_graph(graph, version / f"{graph.name}.onnx", MAX_BATCH, student.description.text_length)
+            export_graph(graph, version / f"{graph.name}.onnx", traced)
             seconds[graph.name] = time.perf_counter() - started
-    student.pipeline.tokenizer.backend_tokenizer.save(str(version / "tokenizer.json"))
-    manifest = describe(student, tables, version)
+    for name, tokenizer in FAMILIES[student.description.family].tokenizer_files(student).items():
+        tokenizer.save(str(version / name))
+    manifest = describe(student, vae, folder, tables)
     (version / "student.json").write_text(manifest.model_dump_json(indent=1) + "\n")
     (version / "model.py").write_text(MODEL_PY)
     (folder / "config.pbtxt").write_text(triton_config(manifest))
-    proof = verify(student, graphs, version, tables)
+    proof = verify(student, graphs, folder)
     files = tuple(
         GraphFile(graph, manifest.precision[graph], (version / f"{graph}.onnx").stat().st_size, seconds[graph])
         for graph in GRAPHS
@@ -81,24 +98,41 @@ def build(student: Student, folder: Path) -> Report:
 
 def sampler_tables(student: Student) -> dict[str, list[Row]]:
     """NFE count (as text, for JSON) -> rows of the sampler table."""
-    return {str(nfe): sampler_table(student.pipeline.scheduler, nfe) for nfe in student.nfe_set}
+    described, scheduler = student.description, student.pipeline.scheduler
+    return {str(nfe): sampler_table(scheduler, nfe, *described.grid(nfe)) for nfe in described.nfe}
 
 
-def describe(student: Student, tables: dict[str, list[Row]], version: Path) -> StudentManifest:
-    """The manifest of the files in `version`."""
-    transformer, described, scheduler = (
-        student.pipeline.transformer.config,
-        student.description,
-        student.pipeline.scheduler,
-    )
-    side = pixel_size(student.pipeline.vae, transformer.sample_size)
-    files = ("text_encoder.onnx", "student_step.onnx", "vae_decoder.onnx", "tokenizer.json")
+def latent_shapes(student: Student) -> dict[str, tuple[int, ...]]:
+    """Size "WxH" -> latent shape, in the student's order. Raises ValueError for a size that its network cannot take."""
+    described, shapes = student.description, {}
+    step = FAMILIES[described.family].latent_step(student.denoiser.network)
+    if described.family == "cogvideox" and len(described.sizes) > 1:
+        raise ValueError(
+            f"sizes {described.sizes}: a student of videos is exported for one size, its positions are made for it"
+        )
+    for size in described.sizes:
+        width, height = map(int, size.split("x"))
+        shape = backbone_of(student.pipeline).latent_shape(student.pipeline, width, height, described.frames)
+        if shape[-1] % step or shape[-2] % step:
+            pixels = step * width // shape[-1]
+            raise ValueError(f"size {size} is not supported by this student, legal: multiples of {pixels} pixels")
+        shapes[size] = shape
+    return shapes
+
+
+def describe(student: Student, vae: Any, folder: Path, tables: dict[str, list[Row]]) -> StudentManifest:
+    """The manifest of the files in `folder/1`."""
+    described, scheduler, version = student.description, student.pipeline.scheduler, folder / "1"
+    family = FAMILIES[described.family]
+    tokenizers = family.tokenizers(student)
+    longest = max(tokenizer.length for tokenizer in tokenizers)
+    files = (*(f"{graph}.onnx" for graph in GRAPHS), *(tokenizer.file for tokenizer in tokenizers))
     return StudentManifest.model_validate(
         {
-            "format": 1,
-            "name": described.name,
+            "format": 2,
+            "name": folder.name,
             "family": described.family,
-            "media_type": "image",
+            "media_type": "image" if described.frames is None else "video",
             "base": described.base,
             "revision": datetime.date.today().isoformat(),
             "prediction_type": prediction_type(scheduler),
@@ -106,13 +140,17 @@ def describe(student: Student, tables: dict[str, list[Row]], version: Path) -> S
             "nfe": described.nfe,
             "default_nfe": described.default_nfe,
             "tables": tables,
-            "sizes": {f"{side}x{side}": [transformer.in_channels, transformer.sample_size, transformer.sample_size]},
-            "text_length": described.text_length,
-            "max_prompt_characters": MAX_PROMPT_CHARACTERS,
+            "sizes": {size: list(shape) for size, shape in latent_shapes(student).items()},
+            "frames": described.frames,
+            "fps": described.fps,
+            "tokenizers": [tokenizer.model_dump() for tokenizer in tokenizers],
+            "conditions": list(family.conditions),
+            "decoder": "tiny" if isinstance(vae, AutoencoderTiny) else "full",
+            "max_prompt_characters": max(FEWEST_CHARACTERS, CHARACTERS_PER_TOKEN * longest),
             "max_batch": MAX_BATCH,
             "init_noise_sigma": float(getattr(scheduler, "init_noise_sigma", 1.0)),
-            "precision": dict.fromkeys(("text_encoder", "student_step", "vae_decoder"), "fp32"),
-            "k_conditioning": True,
+            "precision": dict.fromkeys(GRAPHS, "fp32"),
+            "k_conditioning": described.k_conditioning,
             "training": described.training,
             "files": {name: hashlib.sha256((version / name).read_bytes()).hexdigest() for name in files},
             "versions": {

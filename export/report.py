@@ -107,8 +107,9 @@ def write_report(report: Report, proof: Proof, folder: Path) -> None:
 
 
 def side_by_side(trajectories: tuple[Trajectory, ...]) -> Image.Image:
-    """A row per NFE count; for each prompt the eager picture, the exported one and their amplified difference."""
-    rows = [[tile for pair in zip(t.eager_images, t.images, strict=True) for tile in triple(*pair)] for t in trajectories]
+    """At the default size, a row per NFE count; for each prompt the eager picture, the exported one and their difference."""
+    shown = [t for t in trajectories if not t.size]
+    rows = [[tile for pair in zip(t.eager_images, t.images, strict=True) for tile in triple(*pair)] for t in shown]
     height, width = rows[0][0].shape[:2]
     label = 48
     columns = len(rows[0])
@@ -117,7 +118,7 @@ def side_by_side(trajectories: tuple[Trajectory, ...]) -> Image.Image:
     for column in range(columns):
         head = ("eager", "exported", f"difference x {AMPLIFIED}")[column % 3]
         draw.text((label + column * (width + MARGIN), 2), head, fill="black")
-    for row, (trajectory, tiles) in enumerate(zip(trajectories, rows, strict=True)):
+    for row, (trajectory, tiles) in enumerate(zip(shown, rows, strict=True)):
         top = LINE + row * (height + MARGIN)
         draw.text((4, top + 2), f"{trajectory.nfe} NFE", fill="black")
         for column, tile in enumerate(tiles):
@@ -126,7 +127,10 @@ def side_by_side(trajectories: tuple[Trajectory, ...]) -> Image.Image:
 
 
 def triple(eager: NDArray[np.uint8], exported: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-    """Two pictures and their difference times AMPLIFIED, all uint8 [H, W, 3] and at most WIDEST wide."""
+    """Two pictures, or the middle frames of two videos, and their difference times AMPLIFIED: uint8 [H, W, 3], at most WIDEST
+    wide."""
+    if eager.ndim == 4:
+        eager, exported = eager[len(eager) // 2], exported[len(exported) // 2]
     difference = np.abs(eager.astype(np.int32) - exported) * AMPLIFIED
     stride = -(-eager.shape[1] // WIDEST)
     return [image[::stride, ::stride] for image in (eager, exported, difference.clip(0, 255).astype(np.uint8))]

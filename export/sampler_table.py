@@ -37,6 +37,17 @@ def sampler_table(
     The scheduler is not changed. Raises ValueError for one that is not linear, not deterministic, or not exact at its
     timesteps, and for a grid that it has no meaning for.
     """
+    started, strides = start(scheduler, nfe, timesteps, sigmas)
+    rows = [_row(started, index, strides) for index in range(nfe)]
+    if not all(math.isfinite(value) for row in rows for value in row):
+        raise ValueError(f"{type(scheduler).__name__}: nfe={nfe} gives coefficients that are not finite: {rows}")
+    return rows
+
+
+def start(
+    scheduler: Any, nfe: int, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None
+) -> tuple[Any, list[int] | None]:
+    """A fresh scheduler with its `nfe` steps set, and how far each goes down where that must be told (see take_stride)."""
     refuse_unsuitable(scheduler, nfe)
     started = type(scheduler).from_config(scheduler.config)
     if timesteps is None and sigmas is None:
@@ -45,11 +56,13 @@ def sampler_table(
         _refuse_grid(started, nfe, timesteps, sigmas)
         _place_grid(started, timesteps, sigmas)
     _refuse_steps(started, nfe)
-    strides = _strides(started) if timesteps is not None and not hasattr(started, "sigmas") else None
-    rows = [_row(started, index, strides) for index in range(nfe)]
-    if not all(math.isfinite(value) for row in rows for value in row):
-        raise ValueError(f"{type(scheduler).__name__}: nfe={nfe} gives coefficients that are not finite: {rows}")
-    return rows
+    return started, _strides(started) if timesteps is not None and not hasattr(started, "sigmas") else None
+
+
+def take_stride(started: Any, stride: int) -> None:
+    """Makes a scheduler's next step go down by `stride`; it always takes num_train_timesteps // num_inference_steps."""
+    started.register_to_config(num_train_timesteps=stride)
+    started.num_inference_steps = 1
 
 
 def told_timestep(scheduler: Any, timestep: float) -> float:
@@ -145,9 +158,8 @@ def _row(started: Any, index: int, strides: list[int] | None) -> Row:
 def _step(fresh: Any, index: int, latents: torch.Tensor, x0: torch.Tensor, strides: list[int] | None) -> torch.Tensor:
     """The scheduler's own step from `latents`, with the network output that it reads as `x0`."""
     prediction, timestep = _prediction(fresh, index, latents, x0), fresh.timesteps[index]
-    if strides is not None:  # the step goes down by num_train_timesteps // num_inference_steps
-        fresh.register_to_config(num_train_timesteps=strides[index])
-        fresh.num_inference_steps = 1
+    if strides is not None:
+        take_stride(fresh, strides[index])
     if isinstance(fresh, CogVideoXDPMScheduler):  # its noise is multiplied by zero, but would move torch's generator
         stepped: torch.Tensor = fresh.step(prediction, None, timestep, None, latents, generator=torch.Generator())[0]
     else:

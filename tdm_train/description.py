@@ -61,6 +61,10 @@ class Description(BaseModel):
                 raise ValueError(f"the grid of NFE {nfe} is {grid}, legal: {nfe} falling values for one of nfe {self.nfe}")
         return self
 
+    def grid(self, nfe: int) -> tuple[list[float] | None, list[float] | None]:
+        """(timesteps, sigmas) that this student states for `nfe` evaluations, falling; None where the scheduler decides."""
+        return (self.timesteps or {}).get(nfe), (self.sigmas or {}).get(nfe)
+
     def write(self, folder: Path) -> None:
         """Writes `folder/student.json`."""
         (folder / "student.json").write_text(self.model_dump_json(indent=1, exclude_unset=False) + "\n")

@@ -14,7 +14,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import export.publish
-from export.onnx import Graph, halve_weights
+from export.graphs import Graph
+from export.onnx import halve_weights
 from export.publish import ExportRefused, export_student
 from export.report import Report, side_by_side
 from export.verify import Check, Trajectory, compare_graph
@@ -180,15 +181,20 @@ class Twice(torch.nn.Module):
 class SecondSpoilt:
     """A session whose second output has a NaN in its last element, and whose first is right."""
 
-    def run(self, names: None, tensors: dict[str, np.ndarray]) -> list[np.ndarray]:
+    batch_invariant = True
+
+    def run(self, tensors: dict[str, np.ndarray]) -> list[np.ndarray]:
         second = tensors["latents"].copy()
         second.reshape(-1)[-1] = np.nan
         return [tensors["latents"], second]
 
 
 def test_a_nan_in_any_output_fails_every_check() -> None:
-    graph = Graph("twice", Twice(), {"latents": torch.randn(2, 3, 4)}, ("next_latents", "x0"), {})
-    checks = list(compare_graph(graph, SecondSpoilt()))
+    def example(rows: int, latents: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        return {"latents": torch.randn(rows, *latents)}
+
+    graph = Graph("twice", Twice(), example, ("next_latents", "x0"), {"latents": {0: "batch"}})
+    checks = list(compare_graph(graph, SecondSpoilt(), [(3, 4)]))
     assert len(checks) == 5
     assert not any(check.passed for check in checks)
 
@@ -198,7 +204,7 @@ def test_the_picture_shows_a_single_level_of_difference_and_nothing_else() -> No
     exported = eager.copy()
     exported[0, 5, 7] += 1
     latents = np.zeros((1, 4, 2, 2), np.float32)
-    picture = np.asarray(side_by_side((Trajectory(4, latents, exported, latents, eager),)))
+    picture = np.asarray(side_by_side((Trajectory(4, "", latents, exported, latents, eager),)))
     difference = picture[-24:, -24:][:16, :16].astype(int)  # the last tile, left of and above a white margin of 8
     assert (difference[5, 7] >= 64).all()
     difference[5, 7] = 0

@@ -10,10 +10,15 @@ def pixel_scale(pipeline: Any) -> int:
     tdm_train/scenes/autoencoder.py).
     """
     config = pipeline.vae.config
+    return int(2 ** (len(config.block_out_channels) - 1) * pixel_block(config))
+
+
+def pixel_block(config: Any) -> int:
+    """Side of the pixel blocks that a decoder of this configuration puts out; 1 for plain RGB. Raises ValueError."""
     block = round((config.out_channels / 3) ** 0.5)
     if 3 * block**2 != config.out_channels:
         raise ValueError(f"a decoder with {config.out_channels} output channels is neither RGB nor RGB pixel blocks")
-    return int(2 ** (len(config.block_out_channels) - 1) * block)
+    return int(block)
 
 
 def latent_size(pipeline: Any, width: int, height: int, patch: int) -> tuple[int, int]:
