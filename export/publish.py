@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from diffusers import AutoencoderTiny
 from tqdm import tqdm
 
+from export.exchange import put_in_place
 from export.families import FAMILIES
 from export.linear_samplers import prediction_type, solver_name
 from export.onnx import export_graph
@@ -56,7 +56,7 @@ def export_student(folder: Path, repository: Path, dry_run: bool = False, decode
             raise ExportRefused(f"nothing was published, the graphs differ from PyTorch: {lines}")
         if not dry_run:
             for _ in tqdm(range(1), desc="publishing", dynamic_ncols=True):
-                replace_folder(built, target)
+                put_in_place(built, target)
         return target, report
 
 
@@ -161,13 +161,3 @@ def describe(student: Student, vae: Any, folder: Path, tables: dict[str, list[Ro
             },
         }
     )
-
-
-def replace_folder(built: Path, target: Path) -> Path:
-    """Moves `built` to `target` (same file system); what was there goes only when the new one is in place."""
-    old = built.parent / "old"
-    if target.exists():
-        target.rename(old)
-    built.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-    return target
