@@ -4,6 +4,7 @@ A student folder is a diffusers pipeline with the largest K folded in, plus `stu
 vectors. `DiffusionPipeline.from_pretrained` opens it and samples at that K; `load_student` restores every K.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tdm_train.description import Description, read_description
 from tdm_train.samplers import student_sampler
 from tdm_train.steps_aware import StepsAwareEmbedding, fold, timestep_embedding, unfold
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 K_VECTORS = "k_conditioning.safetensors"
 
 
@@ -43,13 +45,13 @@ def open_pipeline(source: Path | str) -> Any:
     ValueError for what is no pipeline or one of another class, before any weights are read.
     """
     folder = Path(source)
-    if (folder.exists() or str(source).count("/") != 1) and not (folder / "model_index.json").is_file():
+    if not (folder / "model_index.json").is_file() and (folder.exists() or not HUB_ID.fullmatch(str(source))):
         raise ValueError(f"{source} is not a diffusers folder: it has no model_index.json")
     try:
         backbone_named(DiffusionPipeline.load_config(str(source))["_class_name"])
         pipeline = DiffusionPipeline.from_pretrained(str(source), dtype=torch.float32, use_safetensors=True)
     except OSError as error:
-        raise ValueError(f"{source} cannot be opened as a diffusers pipeline: {error}") from None
+        raise ValueError(f"{source} cannot be opened as a diffusers pipeline, from here or from the hub: {error}") from None
     if not torch.cuda.is_available():
         plain_attention(pipeline)
     pipeline.set_progress_bar_config(disable=True)

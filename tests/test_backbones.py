@@ -8,14 +8,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionImg2ImgPipeline
+from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 
 from export.sampler_table import sampler_table
 from tdm_train.backbones import BACKBONES, backbone_of, cogvideox, sdxl
 from tdm_train.checkpoint import denoiser_of, open_pipeline
 from tdm_train.denoiser import Denoiser, Text
 from tdm_train.prompts import encode_empty, encode_prompts
-from tdm_train.samplers import schedule_of, student_sampler
 from tdm_train.steps_aware import fold, make_steps_aware, timestep_embedding, unfold
 from tests.miniatures import CLIP_LENGTH, FRAMES, HEIGHT, MINIATURES, PROMPTS, T5_LENGTH, WIDTH, save_miniature
 
@@ -305,19 +304,5 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
         open_pipeline(folder)
 
 
-def test_every_backbone_has_a_miniature_and_a_sampler_that_a_table_can_hold(miniatures: Any) -> None:
-    families = set()
-    for name in MINIATURES:
-        pipeline = open_pipeline(miniatures(name))
-        families.add(backbone_of(pipeline).FAMILY)
-        rows = sampler_table(student_sampler(pipeline.scheduler), 4)
-        assert rows[0][0] >= 999
-        assert rows[-1][1:] == pytest.approx((0, 1, 0), abs=1e-6)  # the last step lands on x0
-    assert families == {backbone.FAMILY for backbone in BACKBONES}
-
-
-def test_a_scheduler_without_a_known_schedule_is_refused() -> None:
-    scheduler = LCMScheduler()
-    del scheduler.alphas_cumprod
-    with pytest.raises(ValueError, match="LCMScheduler has neither alphas_cumprod nor flow predictions"):
-        schedule_of(scheduler)
+def test_every_backbone_has_a_miniature(miniatures: Any) -> None:
+    assert {backbone_of(open_pipeline(miniatures(name))) for name in MINIATURES} == set(BACKBONES)

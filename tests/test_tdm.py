@@ -14,7 +14,7 @@ from tdm_train.schedule import NoiseSchedule, expand, grid
 from tdm_train.steps_aware import fold, make_steps_aware, timestep_embedding, unfold
 
 ABAR = torch.linspace(0.9999**0.5, 0.0047**0.5, 1000).square()
-SCHEDULES = [NoiseSchedule("flow_prediction"), NoiseSchedule("epsilon", ABAR), NoiseSchedule("v_prediction", ABAR)]
+SCHEDULES = [NoiseSchedule("flow_prediction"), *(NoiseSchedule(kind, ABAR) for kind in ("epsilon", "v_prediction", "sample"))]
 schedules = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: schedule.prediction_type)
 BATCH = 6
 
@@ -46,6 +46,41 @@ def test_predictions_of_every_family_agree_with_the_state(schedule: NoiseSchedul
     x0_hat, eps_hat = schedule.x0_eps(x_t, schedule.network_target(x0, eps, t), t)
     torch.testing.assert_close(x0_hat, x0, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(eps_hat, eps, rtol=1e-3, atol=1e-4)
+
+
+@schedules
+def test_landing_on_0_is_clean_and_evaluating_at_0_is_not_where_noise_is_left(schedule: NoiseSchedule) -> None:
+    x0, eps, zero = torch.randn(2, 4), torch.randn(2, 4), torch.zeros(2)
+    assert torch.equal(schedule.add_noise(x0, eps, zero), x0)
+    left = 0.0 if schedule.alphas_cumprod is None else float(1 - ABAR[0]) ** 0.5
+    assert schedule.evaluated_a_s(zero)[1].tolist() == pytest.approx([left] * 2, rel=1e-4)
+
+
+def test_v_prediction_is_exact_where_no_signal_is_left() -> None:
+    schedule = NoiseSchedule("v_prediction", torch.cat([ABAR[:-1], torch.zeros(1)]))
+    x0, eps, last = torch.randn(2, 4), torch.randn(2, 4), torch.full((2,), 999.0)
+    assert torch.equal(schedule.add_noise(x0, eps, last), eps)
+    x0_hat, eps_hat = schedule.x0_eps(eps, schedule.network_target(x0, eps, last), last)
+    assert torch.equal(x0_hat, x0)
+    assert torch.equal(eps_hat, eps)
+
+
+def test_timesteps_are_counted_by_the_schedule_and_need_not_be_1000() -> None:
+    half = torch.tensor([250.0])
+    assert [float(value) for value in NoiseSchedule("flow_prediction", train_timesteps=500).a_s(half)] == [0.5, 0.5]
+    assert float(NoiseSchedule("epsilon", ABAR[:500], 500).a_s(torch.tensor([499.9]))[0]) == float(ABAR[499].sqrt())
+    assert NoiseSchedule("epsilon", ABAR.double()).a_s(half.double())[0].dtype == torch.float64
+
+
+def test_an_illegal_schedule_is_refused_with_what_is_legal() -> None:
+    with pytest.raises(
+        ValueError, match="prediction_type='noise', legal: 'epsilon', 'v_prediction', 'sample', 'flow_prediction'"
+    ):
+        NoiseSchedule("noise", ABAR)
+    with pytest.raises(ValueError, match="alphas_cumprod goes with every prediction_type but flow_prediction, not 'epsilon'"):
+        NoiseSchedule("epsilon")
+    with pytest.raises(ValueError, match="train_timesteps=1000, legal: 500"):
+        NoiseSchedule("epsilon", ABAR[:500])
 
 
 @schedules
