@@ -4,6 +4,7 @@ A student folder is a diffusers pipeline with the largest K folded in, plus `stu
 vectors. `DiffusionPipeline.from_pretrained` opens it and samples at that K; `load_student` restores every K.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ def open_pipeline(source: Path | str) -> Any:
     folder = Path(source)
     if not (folder / "model_index.json").is_file() and (folder.exists() or not HUB_ID.fullmatch(str(source))):
         raise ValueError(f"{source} is not a diffusers folder: it has no model_index.json")
+    if folder.exists():
+        refuse_missing_parts(folder)
     try:
         backbone_named(DiffusionPipeline.load_config(str(source))["_class_name"])
         pipeline = DiffusionPipeline.from_pretrained(str(source), dtype=torch.float32, use_safetensors=True)
@@ -56,6 +59,14 @@ def open_pipeline(source: Path | str) -> Any:
         plain_attention(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def refuse_missing_parts(folder: Path) -> None:
+    """Raises ValueError where a diffusers folder lacks a part that its model_index.json lists."""
+    listed = json.loads((folder / "model_index.json").read_text())
+    parts = [name for name, kind in listed.items() if isinstance(kind, list) and kind[0] is not None]
+    if missing := [name for name in parts if not (folder / name).is_dir()]:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, which its model_index.json lists; save or copy it whole")
 
 
 def plain_attention(pipeline: Any) -> None:

@@ -1,6 +1,7 @@
 """Every family's exported student does what diffusers' own pipeline does, with every solver, at every K and size."""
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,7 +126,6 @@ def solvers() -> list[Any]:
     for name in VIDEOS:
         rows.append((name, "cogvideox_ddim", CogVideoXDDIMScheduler, {}))
         rows.append((name, "cogvideox_dpm", CogVideoXDPMScheduler, {"set_alpha_to_one": True}))
-        rows += [(name, f"dpmsolver++{order}", dpm, {"solver_order": order}) for order in (1, 2)]
     rows += [
         ("sd3", f"flow_euler shift {shift:g}", FlowMatchEulerDiscreteScheduler, {"shift": shift}) for shift in (1.0, 3.0, 6.0)
     ]
@@ -154,7 +154,10 @@ def test_exported_steps_equal_the_pipeline_with_every_solver_at_every_k(
     name: str, solver: str, kind: Any, changes: dict[str, Any], exported: Callable[[str], Exported]
 ) -> None:
     given = exported(name)
-    ladder = [1] if kind is CogVideoXDPMScheduler else LADDER  # its other steps add noise: refused
+    # CogVideoXDPMScheduler's other steps add noise, and PixArtAlphaPipeline breaks with one step of this sampler.
+    ladder = {(CogVideoXDPMScheduler, name): [1], (DPMSolverMultistepScheduler, "pixart_alpha"): LADDER[1:]}.get(
+        (kind, name), LADDER
+    )
     pipeline = load_student(given.folder).pipeline
     pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **changes)
     described = given.student.description.model_copy(update={"nfe": ladder})
@@ -290,3 +293,12 @@ def test_a_missing_component_is_refused_by_name(tmp_path: Path, missing: str) ->
 
 def test_every_family_of_the_trainer_can_be_exported() -> None:
     assert set(FAMILIES) == set(get_args(Family))
+
+
+def test_a_pipeline_saved_without_a_text_encoder_is_refused_by_name(tmp_path: Path) -> None:
+    folder = save_miniature_student("sd3", tmp_path)
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"expected .*text_encoder_3.*but only"):
+        export_student(folder, tmp_path / "repository")
