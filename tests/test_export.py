@@ -133,7 +133,7 @@ def test_a_dry_run_builds_and_proves_but_leaves_the_repository_alone(
 ) -> None:
     built: list[Path] = []
 
-    def quick_build(student: object, folder: Path) -> Report:
+    def quick_build(student: object, vae: object, folder: Path) -> Report:
         folder.mkdir()
         built.append(folder)
         return published[1]
