@@ -78,6 +78,31 @@ def with_changes(recipe: object, changes: list[str]) -> object:
 
 
 @app.command()
+def adopt(
+    release: Annotated[
+        str,
+        typer.Argument(help="TDM_sd3_lora, TDM_sd3-5_lora, TDM_dreamshaper_LoRA, TDM_CogVideoX-2B_LoRA, or a .toml file"),
+    ],
+    base: Annotated[str, typer.Argument(help="the pipeline it was made for: a diffusers folder, or a hub id (owner/name)")],
+    weights: Annotated[Path, typer.Argument(help="the released file; a pickle is read for its tensors alone")],
+    out: Annotated[Path, typer.Option(help="the student folder to make")],
+    full_precision: Annotated[bool, typer.Option("--full-precision", help="float32 weights, in place of float16")] = False,
+) -> None:
+    """Makes a student folder of an adapter (LoRA) that others released, to be run as they say. What a .toml file says: README.
+
+    Example: fewstep adopt TDM_dreamshaper_LoRA lykon/dreamshaper-7 tdm_dreamshaper.pt --out runs/dreamshaper
+    """
+    with one_line_errors("train"):
+        import torch
+
+        from tdm_train.adopt import adopt
+        from tdm_train.released import read_release
+
+        adopt(read_release(release), base, weights, out, torch.float32 if full_precision else torch.float16)
+        print(f"made {out}; to serve it: fewstep export {out}")
+
+
+@app.command()
 def export(
     student: Annotated[Path, typer.Argument(help="a student folder, as `fewstep train scenes_tdm` writes it")],
     to: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",

@@ -39,20 +39,32 @@ class Student:
         return tuple(self.description.nfe)
 
 
-def open_pipeline(source: Path | str) -> Any:
-    """Opens a diffusers folder, or a hub id ("owner/name"), of a class that tdm_train/backbones knows, in float32.
-
-    Weights are read from safetensors alone. Without a GPU it gets the plain attention, which is faster on CPU. Raises
-    ValueError for what is no pipeline or one of another class, before any weights are read.
-    """
+def pipeline_config(source: Path | str, revision: str | None = None) -> dict[str, Any]:
+    """model_index.json of a diffusers folder, or of a hub id ("owner/name") at a revision, of a class that tdm_train/backbones
+    knows; raises ValueError for any other."""
     folder = Path(source)
     if not (folder / "model_index.json").is_file() and (folder.exists() or not HUB_ID.fullmatch(str(source))):
         raise ValueError(f"{source} is not a diffusers folder: it has no model_index.json")
     if folder.exists():
         refuse_missing_parts(folder)
     try:
-        backbone_named(DiffusionPipeline.load_config(str(source))["_class_name"])
-        pipeline = DiffusionPipeline.from_pretrained(str(source), dtype=torch.float32, use_safetensors=True)
+        config: dict[str, Any] = DiffusionPipeline.load_config(str(source), revision=revision)
+    except OSError as error:
+        raise ValueError(f"{source} cannot be opened as a diffusers pipeline: {error}") from None
+    backbone_named(config["_class_name"])
+    return config
+
+
+def open_pipeline(source: Path | str, revision: str | None = None) -> Any:
+    """Opens a diffusers folder, or a hub id at a revision, of a class that tdm_train/backbones knows, in float32.
+
+    Weights are read from safetensors alone. Without a GPU it gets the plain attention, which is faster on CPU. Raises
+    ValueError for what is no pipeline or one of another class, before any weights are read.
+    """
+    pipeline_config(source, revision)
+    try:
+        options = {"dtype": torch.float32, "use_safetensors": True}
+        pipeline = DiffusionPipeline.from_pretrained(str(source), revision=revision, **options)
     except OSError as error:
         raise ValueError(f"{source} cannot be opened as a diffusers pipeline, from here or from the hub: {error}") from None
     if not torch.cuda.is_available():
@@ -83,21 +95,28 @@ def denoiser_of(pipeline: Any) -> Denoiser:
     return denoiser
 
 
-def save_student(teacher: Any, network: nn.Module, description: Description, folder: Path, sampler: Any = None) -> None:
-    """Writes the student folder in half precision: the teacher's pipeline with `network` in place of its own.
+def save_student(
+    teacher: Any,
+    network: nn.Module,
+    description: Description,
+    folder: Path,
+    sampler: Any = None,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Writes the student folder with weights of `dtype`: the teacher's pipeline with `network` in place of its own.
 
     network: left folded to its largest K where it is steps-aware, as `description` must say it is. sampler: the diffusers
     scheduler that the student is to be run with; the one of tdm_train/samplers.py where none is given. The teacher's parts
-    are left in half precision.
+    are left in `dtype`.
     """
     backbone = backbone_of(teacher)
     steps_aware = isinstance(timestep_embedding(network)[1], StepsAwareEmbedding)
     assert (description.family, description.k_conditioning) == (backbone.FAMILY, steps_aware)
     vectors = fold(network, max(description.nfe)) if steps_aware else None
     parts = {backbone.NETWORK: network, "scheduler": sampler or student_sampler(teacher.scheduler)}
-    type(teacher).from_pipe(teacher, dtype=torch.float16, **parts).save_pretrained(folder)
+    type(teacher).from_pipe(teacher, dtype=dtype, **parts).save_pretrained(folder)
     if vectors is not None:
-        save_file({"k_embedding": vectors.half().contiguous().cpu()}, folder / K_VECTORS)
+        save_file({"k_embedding": vectors.to(dtype).contiguous().cpu()}, folder / K_VECTORS)
     description.write(folder)
 
 

@@ -87,7 +87,7 @@ def read_description(folder: Path) -> Description:
     try:
         return Description.model_validate_json(json.dumps(contents))
     except ValidationError as error:
-        raise ValueError(f"{file}: {_first_error(error)}") from None
+        raise ValueError(f"{file}: {first_error(error, Description)}") from None
 
 
 def from_format_1(contents: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -100,11 +100,11 @@ def from_format_1(contents: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**contents, **unsaid, "format": FORMAT}
 
 
-def _first_error(error: ValidationError) -> str:
-    """The first complaint in one line: field, what is wrong, and an example for a field of its own."""
+def first_error(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first complaint about a `model` in one line: field, what is wrong, and an example for a field of its own."""
     first = error.errors()[0]
     where = ".".join(map(str, first["loc"]))
-    field = Description.model_fields.get(str(first["loc"][0])) if first["loc"] else None
+    field = model.model_fields.get(str(first["loc"][0])) if first["loc"] else None
     example = f", for example {json.dumps(field.examples[0])}" if field is not None and field.examples else ""
     message = first["msg"].removeprefix("Value error, ")
     return f"{where}: {message}{example}" if where else message

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-HEAVY = {"torch", "diffusers", "transformers", "accelerate"}
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft"}
 SEAM = {"backend.py", "inprocess_backend.py", "triton_backend.py"}
 
 
