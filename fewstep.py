@@ -64,17 +64,25 @@ def train(
 def with_changes(recipe: object, changes: list[str]) -> object:
     """A recipe with `field=value` changes; a value is written as in Python, or as plain text."""
     legal = {field.name: field for field in fields(recipe)}
+    changed = {}
     for change in changes:
         name, equals, value = change.partition("=")
         if not equals or name not in legal:
             raise ValueError(f"--set {change!r}: legal are field=value with a field of {', '.join(legal)}")
         kind = type(getattr(recipe, name))
         try:
-            parsed = value if kind is str else kind(ast.literal_eval(value))
+            changed[name] = as_kind(kind, value)
         except (ValueError, SyntaxError, TypeError):
             raise ValueError(f"--set {change!r}: {name} takes {kind.__name__} values") from None
-        recipe = replace(recipe, **{name: parsed})
-    return recipe
+    return replace(recipe, **changed)
+
+
+def as_kind(kind: type, text: str) -> object:
+    """`text` as a value of one of Python's own types, exactly: 2.5 is no int and 1 no bool."""
+    parsed = text if kind is str else ast.literal_eval(text)
+    if type(parsed) not in {float: (int, float), tuple: (list, tuple)}.get(kind, (kind,)):
+        raise TypeError(f"{text} is no {kind.__name__}")
+    return kind(parsed)
 
 
 @app.command()

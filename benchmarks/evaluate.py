@@ -157,7 +157,7 @@ def _draw_student(folder: Path, evaluation: Evaluation) -> Callable[[int], Calla
 
     def draw(nfe: int, part: slice) -> np.ndarray:
         text, noise = texts.select(part), evaluation.noise(part, teacher.shape)
-        return teacher.decode(rollout(student.denoiser, student.denoiser.schedule, noise, text, nfe).states[0])
+        return teacher.decode(rollout(student.denoiser, student.denoiser.schedule, noise, text, student.grid(nfe)).states[0])
 
     return lambda nfe: lambda part: draw(nfe, part)
 

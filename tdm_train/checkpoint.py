@@ -19,7 +19,7 @@ from torch import nn
 from tdm_train.backbones import backbone_named, backbone_of
 from tdm_train.denoiser import Denoiser
 from tdm_train.description import Description, read_description
-from tdm_train.samplers import student_sampler
+from tdm_train.samplers import sampler_grid, student_sampler
 from tdm_train.steps_aware import StepsAwareEmbedding, fold, timestep_embedding, unfold
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -37,6 +37,16 @@ class Student:
     @property
     def nfe_set(self) -> tuple[int, ...]:
         return tuple(self.description.nfe)
+
+    def grid(self, nfe: int) -> torch.Tensor:
+        """The timesteps of a trajectory, rising from 0: float32 [nfe + 1], as student.json states them or the sampler has them.
+
+        Raises ValueError for grids stated as sigmas, which only the sampler can read.
+        """
+        timesteps, sigmas = self.description.grid(nfe)
+        if sigmas is not None:
+            raise ValueError(f"student.json states sigmas={sigmas} for {nfe} NFE, legal here: timesteps, or neither")
+        return torch.tensor([0.0, *reversed(timesteps or sampler_grid(self.pipeline.scheduler, nfe))])
 
 
 def pipeline_config(source: Path | str, revision: str | None = None) -> dict[str, Any]:
@@ -112,7 +122,8 @@ def save_student(
     backbone = backbone_of(teacher)
     steps_aware = isinstance(timestep_embedding(network)[1], StepsAwareEmbedding)
     assert (description.family, description.k_conditioning) == (backbone.FAMILY, steps_aware)
-    vectors = fold(network, max(description.nfe)) if steps_aware else None
+    nfe = max(description.nfe)
+    vectors = fold(network, nfe)[: nfe + 1] if steps_aware else None  # without the rungs of a ladder
     parts = {backbone.NETWORK: network, "scheduler": sampler or student_sampler(teacher.scheduler)}
     type(teacher).from_pipe(teacher, dtype=dtype, **parts).save_pretrained(folder)
     if vectors is not None:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+
+from tdm_train.tdm_recipe import TdmRecipe
 
 
 @dataclass(frozen=True)
@@ -80,30 +81,6 @@ class TeacherRecipe:
         from tdm_train.scenes.teacher import train_teacher
 
         train_teacher(self, out, resume)
-
-
-@dataclass(frozen=True)
-class TdmRecipe:
-    """Trajectory Distribution Matching of the scenes teacher into a steps-aware student. The batch size is per process."""
-
-    teacher: str = "tdm_train/scenes/teacher"
-    nfe: tuple[int, ...] = (1, 2, 3, 4)
-    guidance: float = 2.5
-    interval: Literal["separate", "to_terminal"] = "separate"
-    prompts: int = 20_000
-    text_length: int = 32
-    iterations: int = 2000
-    batch: int = 64
-    student_lr: float = 3e-4
-    fake_lr: float = 1e-3
-    warmup: int = 30
-    ema: float = 0.99
-    seed: int = 4
-
-    def train(self, out: Path, resume: bool) -> None:
-        from tdm_train.trainer import train_tdm
-
-        train_tdm(self, out, resume)
 
 
 RECIPES = {

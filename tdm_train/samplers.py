@@ -48,3 +48,12 @@ def student_sampler(scheduler: Any) -> Any:
     return DDIMScheduler.from_config(
         scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, thresholding=False
     )
+
+
+def sampler_grid(scheduler: Any, nfe: int) -> list[float]:
+    """The timesteps at which a diffusers scheduler has the network evaluated in `nfe` steps, falling."""
+    started = type(scheduler).from_config(scheduler.config)
+    started.set_timesteps(nfe)
+    if schedule_of(scheduler).prediction_type != "flow_prediction":
+        return [float(t) for t in started.timesteps]
+    return [float(sigma) * scheduler.config.num_train_timesteps for sigma in started.sigmas[:nfe]]

@@ -87,16 +87,20 @@ class NoiseSchedule:
 
     def network_target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """What the network should put out at x_t = a*x0 + s*eps: eps, v = a*eps - s*x0, x0, or the flow eps - x0."""
-        a, s = (expand(value, x0) for value in self.evaluated_a_s(t))
         match self.prediction_type:
             case "epsilon":
                 return eps
-            case "v_prediction":
-                return a * eps - s * x0
+            case "v_prediction" | "flow_prediction":
+                return self.velocity(x0, eps, t)
             case "sample":
                 return x0
-            case "flow_prediction":
-                return eps - x0
+
+    def velocity(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """v = eps - x0 under flow_prediction, else v = a*eps - s*x0 (Salimans and Ho, arXiv 2202.00512)."""
+        if self.prediction_type == "flow_prediction":
+            return eps - x0
+        a, s = (expand(value, x0) for value in self.evaluated_a_s(t))
+        return a * eps - s * x0
 
 
 def grid(nfe: int, last: float = 999.0) -> list[float]:

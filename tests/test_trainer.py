@@ -38,7 +38,7 @@ def test_training_moves_the_student_and_diffusers_alone_samples_it_to_the_same_l
     noise = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         text = encode_prompts(student.pipeline, PROMPTS, 32)
-        ours = rollout(student.denoiser, student.denoiser.schedule, noise, text, 4).states[0]
+        ours = rollout(student.denoiser, student.denoiser.schedule, noise, text, student.grid(4)).states[0]
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
         options = {"guidance_scale": 1, "use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 32}
         theirs = pipeline(PROMPTS, num_inference_steps=4, latents=noise, output_type="latent", **options).images

@@ -1,0 +1,137 @@
+"""The configuration of one distillation: which variant of the TDM objective, on which grids, for how long.
+
+A recipe that exists is legal: whatever is not raises ValueError when it is made, before any work.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+
+from tdm_train.losses import FakeLoss, Rho
+from tdm_train.query import Interval, draw_landing, draw_tau
+from tdm_train.schedule import TRAIN_TIMESTEPS, grid
+from tdm_train.targets import FakeTarget
+
+
+@dataclass(frozen=True)
+class TdmRecipe:
+    """Trajectory Distribution Matching of a teacher into a steps-aware student. The batch size is per process.
+
+    nfe: the K set of the student. A grid is g_i = last_timestep * i/K, or the one of `grids` with K values, which fall
+    (CogVideoX-2B: `((999, 856, 665, 399),)`); under alphas_cumprod it is rounded down, so that last_timestep=899 gives the
+    public demo's 899, 674, 449, 224.
+    ladder: K of the first rungs of `ladder_iterations` each, before the K set (16, 8 before 4).
+    random_landing: the student's step lands between its grid's times (`randmid`).
+    importance_clip: 1 leaves the importance weight out.
+    teacher_weight: of the regulariser towards the teacher, in the velocity loss alone.
+    teacher_warmup: iterations in which the student learns the guided teacher's x0 at its own states; `warmup` is the
+    learning rates'.
+    """
+
+    teacher: str = "tdm_train/scenes/teacher"
+    nfe: tuple[int, ...] = (1, 2, 3, 4)
+    last_timestep: float = 999.0
+    grids: tuple[tuple[float, ...], ...] = ()
+    ladder: tuple[int, ...] = ()
+    ladder_iterations: int = 0
+    guidance: float = 2.5
+    interval: Interval = "separate"
+    random_landing: bool = False
+    fake_loss: FakeLoss = "x0_minsnr"
+    fake_target: FakeTarget = "x0_student"
+    importance_clip: float = 2.0
+    teacher_weight: float = 0.02
+    rho: Rho = "huber_elementwise"
+    teacher_warmup: int = 0
+    prompts: int = 20_000
+    text_length: int = 32
+    iterations: int = 2000
+    batch: int = 64
+    student_lr: float = 3e-4
+    fake_lr: float = 1e-3
+    warmup: int = 30
+    ema: float = 0.99
+    seed: int = 4
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if get_origin(field.type) is Literal and getattr(self, field.name) not in get_args(field.type):
+                self.refuse(field.name, f"one of {', '.join(get_args(field.type))}")
+        self.check_iterations()
+        self.check_weights()
+        self.check_grids()
+
+    def train(self, out: Path, resume: bool) -> None:
+        from tdm_train.trainer import train_tdm
+
+        train_tdm(self, out, resume)
+
+    def refuse(self, name: str, legal: str) -> None:
+        raise ValueError(f"{name}={getattr(self, name)!r}, legal: {legal}")
+
+    def check_iterations(self) -> None:
+        if self.iterations < 0:
+            self.refuse("iterations", "0 or more")
+        if not 0 <= self.teacher_warmup <= self.iterations:
+            self.refuse("teacher_warmup", f"0 to {self.iterations} (iterations)")
+        if self.ladder and not 1 <= self.ladder_iterations * len(self.ladder) < self.iterations:
+            self.refuse("ladder_iterations", f"1 or more, and fewer than {self.iterations} (iterations) in all its rungs")
+        if self.ladder_iterations and not self.ladder:
+            self.refuse("ladder_iterations", "0 without a ladder, such as (16, 8)")
+
+    def check_weights(self) -> None:
+        if not self.importance_clip >= 1:
+            self.refuse("importance_clip", "1 (no importance weight) or more")
+        if not self.teacher_weight >= 0:
+            self.refuse("teacher_weight", "0 or more")
+        if self.fake_loss != "velocity" and self.teacher_weight != type(self).teacher_weight:
+            self.refuse("teacher_weight", f"to be set with fake_loss=velocity alone, not with {self.fake_loss}")
+
+    def check_grids(self) -> None:
+        for name in ("nfe", "ladder"):
+            counts = getattr(self, name)
+            if not all(isinstance(nfe, int) and nfe >= 1 for nfe in counts) or len(set(counts)) < len(counts):
+                self.refuse(name, "different whole numbers from 1 on")
+        if not self.nfe:
+            self.refuse("nfe", "one NFE count or more")
+        if not 0 < self.last_timestep <= TRAIN_TIMESTEPS:
+            self.refuse("last_timestep", f"above 0 and up to {TRAIN_TIMESTEPS}")
+        if not all(isinstance(times, (tuple, list)) for times in self.grids):
+            self.refuse("grids", "a tuple of grids, such as ((999, 856, 665, 399),)")
+        sizes = [len(times) for times in self.grids]
+        if len(set(sizes)) < len(sizes) or not set(sizes) <= {*self.nfe, *self.ladder}:
+            self.refuse("grids", f"at most one for each K of nfe={self.nfe} and ladder={self.ladder}, with K values")
+        for nfe in (*self.nfe, *self.ladder):
+            self.check_grid(nfe)
+
+    def check_grid(self, nfe: int) -> None:
+        times = self.grid(nfe)
+        if times != sorted(set(times)) or times[-1] > TRAIN_TIMESTEPS:
+            self.refuse("grids", f"values that fall strictly, from at most {TRAIN_TIMESTEPS} to above 0")
+        steps, one = torch.tensor(times), torch.ones(nfe)
+        landing, start = steps[:-1], steps[1:]
+        low, high = (draw_tau(self.interval, landing, start, times[-1], uniform) for uniform in (0 * one, one))
+        room = high - low
+        if self.random_landing:
+            room = torch.minimum(room, draw_landing(landing, start, one) - landing)
+        if bool((room <= 0).any()):
+            raise ValueError(
+                f"the grid of {nfe} NFE, {', '.join(f'{t:g}' for t in times[:0:-1])}, leaves no room for tau: legal are longer "
+                f"steps for interval={self.interval} with random_landing={self.random_landing}"
+            )
+
+    def grid(self, nfe: int) -> list[float]:
+        """The timesteps of a trajectory of `nfe` evaluations, rising from 0: `nfe` + 1 values."""
+        stated = {len(times): times for times in self.grids}
+        return [0.0, *map(float, reversed(stated[nfe]))] if nfe in stated else grid(nfe, self.last_timestep)
+
+    def nfe_at(self, step: int) -> tuple[int, ...]:
+        """The K to draw from in iteration `step`: the rung of the ladder, and after it the K set."""
+        rung = step // self.ladder_iterations if self.ladder else 0
+        return self.ladder[rung : rung + 1] or self.nfe
+
+    def objective(self) -> dict[str, Any]:
+        """Every field that says how the student was taught, for student.json: all but the teacher's folder."""
+        return {name: value for name, value in asdict(self).items() if name not in ("teacher", "nfe", "text_length")}
