@@ -73,12 +73,22 @@ def test_a_recipe_takes_changes_of_its_own_fields_alone() -> None:
     assert RECIPES["scenes_tdm"] == TdmRecipe()
 
 
+def test_changes_that_are_legal_together_alone_are_taken_in_any_order() -> None:
+    changes = ["ladder_iterations=5", "ladder=[16, 8]", "last_timestep=899", "random_landing=True"]
+    for order in (changes, changes[::-1]):
+        changed = with_changes(RECIPES["scenes_tdm"], order)
+        assert (changed.ladder, changed.last_timestep, changed.random_landing) == ((16, 8), 899.0, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["nope", "--out", "x"], "recipe 'nope' is not one of scenes_evaluator, scenes_vae, scenes_text_encoder,"),
         (["scenes_tdm", "--out", "x", "--set", "stepz=4"], "legal are field=value with a field of teacher, nfe"),
         (["scenes_tdm", "--out", "x", "--set", "iterations=many"], "iterations takes int values"),
+        (["scenes_tdm", "--out", "x", "--set", "iterations=2.5"], "iterations takes int values"),
+        (["scenes_tdm", "--out", "x", "--set", "random_landing=1"], "random_landing takes bool values"),
+        (["scenes_tdm", "--out", "x", "--set", "rho=huber"], "rho='huber', legal: one of huber_elementwise, huber_vector, mse"),
         (["scenes_tdm", "--out", "x", "--set", "teacher=/nowhere"], "is not a diffusers folder"),
     ],
 )

@@ -1,6 +1,7 @@
 """TDM's identities: what must hold whatever the networks are."""
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from diffusers import PixArtTransformer2DModel
 
 from tdm_train.backbones.pixart import PixArtDenoiser
 from tdm_train.denoiser import Text
-from tdm_train.losses import fake_score_loss, importance_weight, student_loss
-from tdm_train.rollout import draw_tau, guided_x0, query, rollout
-from tdm_train.schedule import NoiseSchedule, expand, grid
+from tdm_train.losses import student_loss, x0_minsnr_loss
+from tdm_train.query import Interval, Query, draw_landing, draw_tau, query
+from tdm_train.rollout import guided_x0, rollout
+from tdm_train.schedule import NoiseSchedule, grid
 from tdm_train.steps_aware import fold, make_steps_aware, timestep_embedding, unfold
+from tdm_train.targets import FakeTarget, fake_target
 
 ABAR = torch.linspace(0.9999**0.5, 0.0047**0.5, 1000).square()
 SCHEDULES = [NoiseSchedule("flow_prediction"), *(NoiseSchedule(kind, ABAR) for kind in ("epsilon", "v_prediction", "sample"))]
@@ -46,6 +49,11 @@ def test_predictions_of_every_family_agree_with_the_state(schedule: NoiseSchedul
     x0_hat, eps_hat = schedule.x0_eps(x_t, schedule.network_target(x0, eps, t), t)
     torch.testing.assert_close(x0_hat, x0, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(eps_hat, eps, rtol=1e-3, atol=1e-4)
+
+
+def asked_at(schedule: NoiseSchedule, x0: torch.Tensor, landing: float | torch.Tensor, tau: float | torch.Tensor) -> Query:
+    landing, tau = (torch.zeros(len(x0)) + value for value in (landing, tau))
+    return query(schedule, x0, torch.randn_like(x0), landing, tau, torch.randn_like(x0))
 
 
 @schedules
@@ -85,45 +93,56 @@ def test_an_illegal_schedule_is_refused_with_what_is_legal() -> None:
 
 @schedules
 @pytest.mark.parametrize("interval", ["separate", "to_terminal"])
-def test_the_query_is_a_x0_plus_s_mix_exactly(schedule: NoiseSchedule, interval: str) -> None:
-    x0, eps = torch.randn(BATCH, 4, 4, 4), torch.randn(BATCH, 4, 4, 4)
+def test_the_query_is_a_x0_plus_s_mix_exactly(schedule: NoiseSchedule, interval: Interval) -> None:
     landing, start = torch.tensor([0.0, 0, 249, 249, 499, 749]), torch.tensor([249.0, 999, 499, 749, 749, 999])
-    tau = draw_tau(interval, landing, start)
-    asked = query(schedule, x0, eps, landing, tau)
-    a, s = (expand(value, x0) for value in schedule.a_s(tau))
-    torch.testing.assert_close(asked.x_tau, a * x0 + s * asked.mix, rtol=1e-4, atol=1e-5)
+    tau = draw_tau(interval, landing, start, 999, torch.rand(BATCH))
+    asked = asked_at(schedule, torch.randn(BATCH, 4, 4, 4), landing, tau)
+    torch.testing.assert_close(schedule.add_noise(asked.x0, asked.mix, tau), asked.x_tau, rtol=1e-4, atol=1e-5)
 
 
-def test_separate_intervals_are_disjoint_across_a_trajectory() -> None:
-    times = torch.tensor(grid(4))
-    taus = [draw_tau("separate", times[i - 1].expand(1000), times[i].expand(1000)) for i in range(1, 5)]
-    for i, tau in enumerate(taus, start=1):
-        assert float(tau.min()) >= max(20, float(times[i - 1]))
-        assert float(tau.max()) < float(times[i]) - 10
+@pytest.mark.parametrize("random_landing", [False, True])
+def test_separate_intervals_are_disjoint_across_a_trajectory(random_landing: bool) -> None:
+    times, uniform = torch.tensor(grid(4)), torch.linspace(0, 1 - 1e-6, 1000)
+    for i in range(1, 5):
+        landing, start = times[i - 1].expand(1000), times[i].expand(1000)
+        if random_landing:
+            landing = draw_landing(landing, start, uniform.flip(0))
+        tau = draw_tau("separate", landing, start, 999, uniform)
+        assert bool((tau >= landing.clamp(min=20)).all())
+        assert float(tau.min()) >= float(times[i - 1])
+        assert float(tau.max()) < float(times[i]) - 9.99
+
+
+def test_intervals_to_the_terminal_time_end_below_it_wherever_the_student_lands() -> None:
+    uniform = torch.linspace(0, 1 - 1e-6, 1000)
+    start = torch.full_like(uniform, 899.0)
+    landing = draw_landing(torch.full_like(uniform, 674.0), start, uniform)
+    assert float(landing.max()) == pytest.approx(879, abs=0.01)
+    tau = draw_tau("to_terminal", landing, start, 899, uniform.flip(0))
+    assert bool((tau > landing + 9.99).all())
+    assert float(tau.max()) <= 889
 
 
 @schedules
 def test_the_renoised_state_has_the_schedules_variance(schedule: NoiseSchedule) -> None:
-    zero, eps = torch.zeros(20_000, 1), torch.randn(20_000, 1)
-    tau = torch.full((20_000,), 600.0)
-    asked = query(schedule, zero, eps, torch.full((20_000,), 249.0), tau)
-    _, s = schedule.a_s(tau)
+    asked = asked_at(schedule, torch.zeros(20_000, 1), 249.0, 600.0)
+    _, s = schedule.a_s(asked.tau)
     assert float(asked.x_tau.std()) == pytest.approx(float(s[0]), rel=0.03)
 
 
 def test_the_student_has_zero_gradient_when_teacher_equals_fake_score() -> None:
     x0 = torch.randn(BATCH, 4, 4, 4, requires_grad=True)
-    asked = query(SCHEDULES[0], x0, torch.randn_like(x0), torch.full((BATCH,), 249.0), torch.full((BATCH,), 400.0))
+    asked = asked_at(SCHEDULES[0], x0, 249.0, 400.0)
     score = torch.randn_like(x0)
-    student_loss(asked, score, score).backward()
+    student_loss(asked, score, score, "huber_elementwise").backward()
     assert float(x0.grad.abs().max()) == 0
 
 
 def test_the_students_gradient_points_from_the_teacher_to_the_fake_score() -> None:
     x0 = torch.randn(BATCH, 4, 4, 4, requires_grad=True)
-    asked = query(SCHEDULES[0], x0, torch.randn_like(x0), torch.full((BATCH,), 249.0), torch.full((BATCH,), 400.0))
+    asked = asked_at(SCHEDULES[0], x0, 249.0, 400.0)
     teacher_x0, fake_x0 = torch.randn_like(x0), torch.randn_like(x0)
-    student_loss(asked, teacher_x0, fake_x0).backward()
+    student_loss(asked, teacher_x0, fake_x0, "huber_elementwise").backward()
     assert torch.equal(x0.grad.sign(), (fake_x0 - teacher_x0).sign())
 
 
@@ -139,30 +158,26 @@ def has_gradient(module: torch.nn.Module) -> bool:
     return any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in module.parameters())
 
 
+@pytest.mark.parametrize("fake_target_name", get_args(FakeTarget))
 @pytest.mark.parametrize("update", ["student", "fake_score"])
-def test_each_update_reaches_its_own_network_alone(update: str) -> None:
+def test_each_update_reaches_its_own_network_alone(update: str, fake_target_name: FakeTarget) -> None:
     student, teacher, fake_score = three_networks()
     words, nfe, tau = text(), torch.full((BATCH,), 2), torch.full((BATCH,), 700.0)
     x_t, start, landing = torch.randn(BATCH, 4, 4, 4), torch.full((BATCH,), 999.0), torch.full((BATCH,), 499.5)
     x0, eps = student(x_t, start, words, nfe)
-    asked = query(student.schedule, x0, eps, landing, tau)
+    asked = query(student.schedule, x0, eps, landing, tau, torch.randn_like(x0))
     if update == "student":
         guided = guided_x0(teacher, asked.x_tau, tau, words, text(), 3.0)
-        loss = student_loss(asked, guided, fake_score(asked.x_tau, tau, words, nfe)[0])
+        loss = student_loss(asked, guided, fake_score(asked.x_tau, tau, words, nfe)[0], "huber_elementwise")
     else:
-        loss = fake_score_loss(fake_score(asked.x_tau.detach(), tau, words, nfe)[0], asked, student.schedule)
+        target = fake_target(fake_target_name, asked, student.schedule)
+        fake = fake_score(asked.x_tau.detach(), tau, words, nfe)
+        loss = x0_minsnr_loss(fake, target, tau, student.schedule, target.weight)
     loss.backward()
     reached = {
         name for name, net in [("student", student), ("teacher", teacher), ("fake_score", fake_score)] if has_gradient(net)
     }
     assert reached == {update}
-
-
-def test_the_importance_weight_is_one_for_equal_noise_and_is_clipped() -> None:
-    x0 = torch.zeros(2, 1, 4, 4)
-    asked = query(SCHEDULES[0], x0, torch.zeros_like(x0), torch.zeros(2), torch.full((2,), 500.0))
-    torch.testing.assert_close(importance_weight(asked), torch.ones(2))
-    assert float(importance_weight(asked.__class__(x0, x0, asked.tau, 0 * x0, 9 + x0)).max()) == 2
 
 
 def test_k_conditioning_starts_as_an_exact_no_op() -> None:
@@ -194,7 +209,7 @@ def test_k_outside_the_legal_range_is_refused() -> None:
 def test_a_trajectory_starts_at_the_noise_ends_at_x0_and_is_deterministic() -> None:
     student, _, _ = three_networks()
     noise, words = torch.randn(BATCH, 4, 4, 4), text()
-    first, second = (rollout(student, student.schedule, noise, words, 4) for _ in range(2))
+    first, second = (rollout(student, student.schedule, noise, words, torch.tensor(grid(4))) for _ in range(2))
     assert torch.equal(first.states[4], noise)
     torch.testing.assert_close(first.states[0], first.predictions[1][0])
     assert torch.equal(first.states[0], second.states[0])

@@ -1,15 +1,20 @@
 """The bundled teacher becomes a student folder that every door opens."""
 
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from tdm_train.checkpoint import load_student, open_pipeline
+from export.publish import sampler_tables
+from tdm_train.checkpoint import denoiser_of, load_student, open_pipeline
 from tdm_train.prompts import encode_prompts
 from tdm_train.recipes import TdmRecipe
-from tdm_train.rollout import rollout
+from tdm_train.rollout import guided_x0, rollout
 from tdm_train.steps_aware import fold, timestep_embedding
 from tdm_train.trainer import train_tdm
 
@@ -19,8 +24,18 @@ PROMPTS = ["a red circle above a blue square", "a large star, black background"]
 pytestmark = pytest.mark.slow
 
 
-def distil(out: Path, iterations: int) -> Path:
-    train_tdm(TdmRecipe(teacher=str(TEACHER), iterations=iterations, batch=4, prompts=20, warmup=1), out, resume=False)
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On cores that are busy with other work two threads wait for each other, ten times as long as one takes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def distil(out: Path, iterations: int, **changes: Any) -> Path:
+    recipe = TdmRecipe(teacher=str(TEACHER), iterations=iterations, batch=4, prompts=20, warmup=1)
+    train_tdm(replace(recipe, **changes), out, resume=False)
     return out / "student"
 
 
@@ -43,3 +58,53 @@ def test_training_moves_the_student_and_diffusers_alone_samples_it_to_the_same_l
         options = {"guidance_scale": 1, "use_resolution_binning": False, "clean_caption": False, "max_sequence_length": 32}
         theirs = pipeline(PROMPTS, num_inference_steps=4, latents=noise, output_type="latent", **options).images
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+MINIATURE = {"text_length": 128, "batch": 2, "prompts": 4, "ema": 0.0}
+
+
+def test_other_variants_of_the_objective_make_other_students(tmp_path: Path, miniatures: Callable[[str], Path]) -> None:
+    exact = {"fake_loss": "velocity", "fake_target": "subinterval_dsm", "rho": "huber_vector", "random_landing": True}
+    variants = [{}, exact, {"interval": "to_terminal", "rho": "mse"}, {"teacher_warmup": 2}]
+    weights = []
+    for index, variant in enumerate(variants):
+        folder = distil(tmp_path / str(index), 2, teacher=str(miniatures("pixart_sigma")), **MINIATURE, **variant)
+        student = load_student(folder)
+        weights.append(torch.nn.utils.parameters_to_vector(student.denoiser.network.parameters()))
+        assert student.description.training["rho"] == variant.get("rho", "huber_elementwise")
+    assert all(bool(vector.isfinite().all()) for vector in weights)
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(weights, 2))
+
+
+def test_a_student_states_the_grids_that_its_sampler_does_not_have(tmp_path: Path, miniatures: Callable[[str], Path]) -> None:
+    grids = {"nfe": (1, 2, 3, 4), "grids": ((999.0, 856.0, 665.0, 399.0),), "ladder": (8,), "ladder_iterations": 1}
+    student = load_student(distil(tmp_path, 2, teacher=str(miniatures("pixart_sigma")), **MINIATURE, **grids))
+    assert student.description.timesteps == {3: [999, 666, 333], 4: [999, 856, 665, 399]}
+    assert [student.grid(nfe).tolist() for nfe in (1, 2, 3, 4)] == [
+        [0, 999],
+        [0, 499, 999],
+        [0, 333, 666, 999],
+        [0, 399, 665, 856, 999],
+    ]
+    rows = sampler_tables(student)
+    assert [row[0] for row in rows["3"]] == [999, 666, 333]
+    assert [row[0] for row in rows["4"]] == [999, 856, 665, 399]
+
+
+def test_a_grid_that_starts_beyond_the_schedule_is_refused(tmp_path: Path, miniatures: Callable[[str], Path]) -> None:
+    with pytest.raises(ValueError, match="the grid of 1 NFE starts at 1000, legal: up to 999 for epsilon"):
+        distil(tmp_path, 1, teacher=str(miniatures("pixart_sigma")), **MINIATURE, last_timestep=1000.0)
+
+
+def test_the_warm_up_brings_the_student_nearer_to_its_guided_teacher(tmp_path: Path) -> None:
+    pipeline = open_pipeline(TEACHER)
+    teacher, noise, times = denoiser_of(pipeline), torch.randn(8, 8, 8, 8), torch.tensor([0.0, 999.0])
+    warmed = load_student(distil(tmp_path, 8, nfe=(1,), teacher_warmup=8, ema=0.0, student_lr=1e-3)).denoiser
+    with torch.no_grad():
+        text, empty = encode_prompts(pipeline, PROMPTS * 4, 32), encode_prompts(pipeline, [""] * 8, 32)
+        guided = guided_x0(teacher, noise, torch.full((8,), 999.0), text, empty, TdmRecipe().guidance)
+        before, after = (
+            float((rollout(student, teacher.schedule, noise, text, times).states[0] - guided).square().mean())
+            for student in (teacher, warmed)
+        )
+    assert after < 0.8 * before
