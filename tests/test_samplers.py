@@ -16,7 +16,7 @@ from diffusers import (
 )
 
 from export.sampler_table import sampler_table, told_timestep
-from tdm_train.samplers import schedule_of, student_sampler, tells_whole_timesteps
+from tdm_train.samplers import sampler_grid, schedule_of, student_sampler, tells_whole_timesteps
 
 SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -67,3 +67,14 @@ def test_training_and_export_agree_on_what_the_network_is_told(scheduler: Any) -
 def test_a_scheduler_without_a_known_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match="EDMEulerScheduler has neither alphas_cumprod nor flow predictions"):
         schedule_of(EDMEulerScheduler())
+
+
+@pytest.mark.parametrize("nfe", [1, 3, 4])
+@pytest.mark.parametrize(
+    "scheduler",
+    [FlowMatchEulerDiscreteScheduler(shift=3.0), DPMSolverMultistepScheduler(**FLOW), DDIMScheduler()],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_the_grid_of_a_sampler_is_that_of_its_table(scheduler: Any, nfe: int) -> None:
+    sampler = student_sampler(scheduler)
+    assert sampler_grid(sampler, nfe) == pytest.approx([row[0] for row in sampler_table(sampler, nfe)], abs=1e-3)
