@@ -14,6 +14,10 @@ import pytest
 
 from tests.tiny_student import build_tiny_student
 
+# For torch, which reads it when it is imported: the tests' networks are so small that threads only wait for each other, ten
+# times as long as one takes where the cores have other work too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

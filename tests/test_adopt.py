@@ -1,7 +1,7 @@
 """A released adapter becomes a student folder that makes what the authors' own example makes, or nothing is written."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,6 @@ from tests.miniatures import FRAMES, HEIGHT, PROMPTS, T5_LENGTH, WIDTH
 from tests.releases import BASES, RELEASES, as_authors_run_it, latents, write_release
 
 every_release = pytest.mark.parametrize("name", RELEASES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads only cost time on networks this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

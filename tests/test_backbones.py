@@ -1,7 +1,6 @@
 """Every backbone is, evaluation by evaluation, what its own diffusers pipeline is; and K-conditioning works on each."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -56,15 +55,6 @@ def open_miniature(name: str, folder: Path) -> Opened:
     backbone = backbone_of(pipeline)
     length = CLIP_LENGTH if backbone.FAMILY in ("stable_diffusion", "sdxl") else T5_LENGTH
     return Opened(pipeline, backbone, denoiser_of(pipeline), backbone.encode(pipeline, PROMPTS, length))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only cost time on networks this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The bundled teacher becomes a student folder that every door opens."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 TEACHER = ROOT / "tdm_train" / "scenes" / "teacher"
 PROMPTS = ["a red circle above a blue square", "a large star, black background"]
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On cores that are busy with other work two threads wait for each other, ten times as long as one takes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def distil(out: Path, iterations: int, **changes: Any) -> Path:
