@@ -115,18 +115,20 @@ def export(
     student: Annotated[Path, typer.Argument(help="a student folder, as `fewstep train scenes_tdm` writes it")],
     to: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
     decoder: Annotated[Literal["full", "tiny"], typer.Option(help="tiny: the student's vae_tiny, as NAME-tiny")] = "full",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16; or by stage: text_encoder=, denoiser=, vae=")] = "fp32",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="export and check, but publish nothing")] = False,
 ) -> None:
     """Exports a student to ONNX, proves the graphs equal to PyTorch and to diffusers, and publishes them for Triton.
 
     Students of PixArt, Stable Diffusion 1.x and 2.x, SDXL, Stable Diffusion 3 and CogVideoX are known.
 
-    Example: fewstep export runs/scenes_tdm/student --to model_repository
+    Example: fewstep export runs/scenes_tdm/student --to model_repository --precision denoiser=fp16,vae=fp32
     """
     with one_line_errors("export"):
+        from export.precision import parse_precisions
         from export.publish import export_student
 
-        path, report = export_student(student, to, dry_run, decoder)
+        path, report = export_student(student, to, dry_run, decoder, parse_precisions(precision))
         print(report.as_text())
         print(f"\ndry run: all passed, nothing was published as {path}" if dry_run else f"\npublished {path}, with a report.md")
 

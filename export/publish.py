@@ -1,9 +1,12 @@
 """A student folder -> model_repository/<student>/, proven first and put in place whole."""
 
 import datetime
+import errno
 import hashlib
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,11 +21,13 @@ from export.exchange import put_in_place
 from export.families import FAMILIES
 from export.linear_samplers import prediction_type, solver_name
 from export.onnx import export_graph
+from export.precision import ALL_FP32, in_precision, refuse_half_vae, refuse_overflow
 from export.report import GraphFile, Report, write_report
 from export.sampler_table import Row, sampler_table
 from export.student_graphs import MAX_BATCH, example_shape, student_graphs
-from export.verify import verify
-from server.engine.student import GRAPHS, StudentManifest
+from export.verify import Form, Forms, verify
+from server.engine.errors import NumericalError
+from server.engine.student import GRAPHS, STAGES, GraphName, Precision, StudentManifest
 from server.engine.triton_config import MODEL_PY, triton_config
 from tdm_train.backbones import backbone_of
 from tdm_train.checkpoint import Student, load_student
@@ -33,31 +38,52 @@ Decoder = Literal["full", "tiny"]
 
 
 class ExportRefused(ValueError):
-    """The exported graphs do not equal PyTorch, so nothing was published."""
+    """The exported graphs do not equal PyTorch, or cannot be written, so nothing was published."""
 
 
-def export_student(folder: Path, repository: Path, dry_run: bool = False, decoder: Decoder = "full") -> tuple[Path, Report]:
+def export_student(
+    folder: Path,
+    repository: Path,
+    dry_run: bool = False,
+    decoder: Decoder = "full",
+    precisions: Mapping[GraphName, Precision] = ALL_FP32,
+) -> tuple[Path, Report]:
     """Exports the student in `folder` and publishes it as `repository/<name>`; returns that path and what was proven.
 
-    decoder: full, or tiny for the AutoencoderTiny in `folder/vae_tiny`, published as `<name>-tiny`. A dry run does all the same
-    but publish, and leaves `repository` alone. Raises ValueError for a folder that is no student, and ExportRefused when a
-    check fails: then nothing changes.
+    decoder: full, or tiny for the AutoencoderTiny in `folder/vae_tiny`, published as `<name>-tiny`. precisions: of the weights
+    and the arithmetic of each graph. A dry run does all the same but publish, and leaves `repository` alone. Raises ValueError
+    for a folder that is no student and for a stage that cannot have its precision, and ExportRefused when a check fails or the
+    files cannot be written: then nothing changes.
     """
     student = load_student(folder)
     vae = student.pipeline.vae if decoder == "full" else open_tiny_decoder(folder)
+    refuse_half_vae(vae, precisions["vae_decoder"])
     name = student.description.name if decoder == "full" else f"{student.description.name}-tiny"
-    if not dry_run:
-        repository.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=None if dry_run else repository, prefix=".export-") as temporary:
-        built, target = Path(temporary) / name, repository / name
-        report = build(student, vae, built)
-        if failed := [check for check in report.checks if not check.passed]:
-            lines = "; ".join(f"{check.what}: {check.error:.3g} > {check.tolerance:.3g}" for check in failed)
-            raise ExportRefused(f"nothing was published, the graphs differ from PyTorch: {lines}")
+    with one_reason(repository):
         if not dry_run:
-            for _ in tqdm(range(1), desc="publishing", dynamic_ncols=True):
-                put_in_place(built, target)
-        return target, report
+            repository.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=None if dry_run else repository, prefix=".export-") as temporary:
+            built, target = Path(temporary) / name, repository / name
+            report = build(student, vae, built, precisions)
+            if failed := [check for check in report.checks if not check.passed]:
+                lines = "; ".join(f"{check.what}: {check.error:.3g} > {check.tolerance:.3g}" for check in failed)
+                raise ExportRefused(f"nothing was published, the graphs differ from PyTorch: {lines}")
+            if not dry_run:
+                for _ in tqdm(range(1), desc="publishing", dynamic_ncols=True):
+                    put_in_place(built, target)
+            return target, report
+
+
+@contextmanager
+def one_reason(repository: Path) -> Iterator[None]:
+    """Turns what a file system refuses, and a student that gives no numbers, into an ExportRefused of one line."""
+    try:
+        yield
+    except OSError as error:
+        free = "; make room, or name another --to" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        raise ExportRefused(f"nothing was published, {repository} cannot be written: {error.strerror}{free}") from None
+    except NumericalError as error:
+        raise ExportRefused(f"nothing was published: {error}; a stage overflows, export it in fp32 or bf16") from None
 
 
 def open_tiny_decoder(folder: Path) -> AutoencoderTiny:
@@ -67,26 +93,20 @@ def open_tiny_decoder(folder: Path) -> AutoencoderTiny:
     return AutoencoderTiny.from_pretrained(folder / TINY, torch_dtype=torch.float32, use_safetensors=True).eval()
 
 
-def build(student: Student, vae: Any, folder: Path) -> Report:
+def build(student: Student, vae: Any, folder: Path, precisions: Mapping[GraphName, Precision] = ALL_FP32) -> Report:
     """Writes the whole exported student into `folder`, checks it, and reports beside it."""
     begin = time.perf_counter()
-    version, tables, sizes = folder / "1", sampler_tables(student), latent_shapes(student)
+    version, tables = folder / "1", sampler_tables(student)
     version.mkdir(parents=True)
-    graphs, seconds = student_graphs(student, vae, list(sizes.values())), {}
-    traced = example_shape(student, list(sizes.values()))
-    with tqdm(graphs, desc="exporting", dynamic_ncols=True) as bar:
-        for graph in bar:
-            bar.set_postfix_str(graph.name)
-            started = time.perf_counter()
-            export_graph(graph, version / f"{graph.name}.onnx", traced)
-            seconds[graph.name] = time.perf_counter() - started
+    forms = forms_of(student, vae, precisions)
+    seconds = export_graphs(forms.exported, version, precisions)
     for name, tokenizer in FAMILIES[student.description.family].tokenizer_files(student).items():
-        tokenizer.save(str(version / name))
-    manifest = describe(student, vae, folder, tables)
+        (version / name).write_text(tokenizer.to_str(pretty=True))
+    manifest = describe(student, vae, folder, tables, precisions)
     (version / "student.json").write_text(manifest.model_dump_json(indent=1) + "\n")
     (version / "model.py").write_text(MODEL_PY)
     (folder / "config.pbtxt").write_text(triton_config(manifest))
-    proof = verify(student, graphs, folder)
+    proof = verify(forms, folder)
     files = tuple(
         GraphFile(graph, manifest.precision[graph], (version / f"{graph}.onnx").stat().st_size, seconds[graph])
         for graph in GRAPHS
@@ -94,6 +114,39 @@ def build(student: Student, vae: Any, folder: Path) -> Report:
     report = Report(manifest, files, proof.checks, time.perf_counter() - begin)
     write_report(report, proof, folder)
     return report
+
+
+def forms_of(student: Student, vae: Any, precisions: Mapping[GraphName, Precision]) -> Forms:
+    """The student as it was trained, as it is exported, and as onnxruntime computes it on this machine."""
+    shapes = list(latent_shapes(student).values())
+
+    def form(told: Mapping[GraphName, Precision], of: tuple[Student, Any]) -> tuple[Form, tuple[Student, Any]]:
+        cast = in_precision(*of, told)
+        return Form(cast[0], {graph.name: graph for graph in student_graphs(*cast, shapes)}), cast
+
+    float32, trained = form(ALL_FP32, (student, vae))
+    if precisions == ALL_FP32:
+        return Forms(float32, float32, float32)
+    exported, half = form(precisions, trained)
+    here, _ = form({graph: "fp32" if said == "bf16" else said for graph, said in precisions.items()}, half)
+    return Forms(float32, exported, here)
+
+
+def export_graphs(form: Form, version: Path, precisions: Mapping[GraphName, Precision]) -> dict[str, float]:
+    """Writes every graph of a student as `version/<graph>.onnx`; returns the seconds each took. Raises ValueError for a stage
+    that overflows in its precision."""
+    traced = example_shape(form.student, list(latent_shapes(form.student).values()))
+    stages = {graph: stage for stage, graph in STAGES.items()}
+    seconds: dict[str, float] = {}
+    with tqdm(GRAPHS, desc="exporting", dynamic_ncols=True) as bar:
+        for name in bar:
+            bar.set_postfix_str(name)
+            started = time.perf_counter()
+            if precisions[name] != "fp32":
+                refuse_overflow(form.graphs[name], stages[name], precisions[name], traced)
+            export_graph(form.graphs[name], version / f"{name}.onnx", traced)
+            seconds[name] = time.perf_counter() - started
+    return seconds
 
 
 def sampler_tables(student: Student) -> dict[str, list[Row]]:
@@ -120,7 +173,9 @@ def latent_shapes(student: Student) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def describe(student: Student, vae: Any, folder: Path, tables: dict[str, list[Row]]) -> StudentManifest:
+def describe(
+    student: Student, vae: Any, folder: Path, tables: dict[str, list[Row]], precisions: Mapping[GraphName, Precision]
+) -> StudentManifest:
     """The manifest of the files in `folder/1`."""
     described, scheduler, version = student.description, student.pipeline.scheduler, folder / "1"
     family = FAMILIES[described.family]
@@ -149,7 +204,7 @@ def describe(student: Student, vae: Any, folder: Path, tables: dict[str, list[Ro
             "max_prompt_characters": max(FEWEST_CHARACTERS, CHARACTERS_PER_TOKEN * longest),
             "max_batch": MAX_BATCH,
             "init_noise_sigma": float(getattr(scheduler, "init_noise_sigma", 1.0)),
-            "precision": dict.fromkeys(GRAPHS, "fp32"),
+            "precision": dict(precisions),
             "k_conditioning": described.k_conditioning,
             "training": described.training,
             "files": {name: hashlib.sha256((version / name).read_bytes()).hexdigest() for name in files},

@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from export.families import FAMILIES
 from export.sampler_table import start, take_stride
 from tdm_train.checkpoint import Student
-from tdm_train.steps_aware import fold, unfold
+from tdm_train.steps_aware import fold, timestep_embedding, unfold
 
 
 def diffusers_latents(student: Student, prompts: list[str], noise: torch.Tensor, nfe: int) -> NDArray[np.float32]:
     """The latents [B, ...] that a student's pipeline ends at from `noise` after `nfe` NFEs without guidance."""
     family = FAMILIES[student.description.family]
-    with on_grid(student, nfe), plain_network(student, nfe):
+    with on_grid(student, nfe), plain_network(student, nfe), float32_outside(student.denoiser.network):
         output = student.pipeline(
             prompts,
             num_inference_steps=nfe,
@@ -38,11 +39,41 @@ def plain_network(student: Student, nfe: int) -> Iterator[None]:
     if not student.description.k_conditioning:
         yield
         return
-    vectors = fold(student.denoiser.network, nfe)
+    network = student.denoiser.network
+    embedding: Any = timestep_embedding(network)[1]
+    bias: torch.Tensor = embedding.inner.linear_2.bias.detach().clone()
+    vectors = fold(network, nfe)
     try:
         yield
     finally:
-        unfold(student.denoiser.network, vectors, nfe)
+        unfold(network, vectors, nfe)
+        embedding.inner.linear_2.bias.data.copy_(bias)  # unfolding rounds, in half precision by more than a little
+
+
+@contextmanager
+def float32_outside(network: nn.Module) -> Iterator[None]:
+    """Keeps a half-precision network's latents and predictions in float32, as the exported graphs do, while the block runs.
+
+    The pipelines alone would round the sampler's arithmetic too. Timesteps have one dimension at most and stay as they are.
+    """
+    dtype = next(network.parameters()).dtype
+
+    def cast(value: Any) -> Any:
+        rounds = isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
+        return value.to(dtype) if rounds else value
+
+    def enter(module: nn.Module, told: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(map(cast, told)), {name: cast(value) for name, value in named.items()}
+
+    def leave(module: nn.Module, told: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.float() for tensor in output)
+
+    handles = [network.register_forward_pre_hook(enter, with_kwargs=True), network.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

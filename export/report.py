@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from export.verify import PROMPTS, Check, Proof, Trajectory
+from export.verify import AGAINST_FLOAT32, PROMPTS, Check, Proof, Trajectory
 from server.engine.fingerprint import device_class
-from server.engine.student import StudentManifest
+from server.engine.student import Precision, StudentManifest
 from server.table import aligned, readable_size
 
 AMPLIFIED = 128  # one level of 255 is grey, two are white
+HALF_PRECISIONS: tuple[Precision, ...] = ("fp16", "bf16")
 MARGIN, LINE, WIDEST = 8, 16, 256  # of the picture, in pixels; larger pictures are thinned out
 
 
@@ -43,16 +44,18 @@ class Report:
 
     def rows(self) -> list[list[str]]:
         """The table: a row per graph, and one for the three together against diffusers."""
-        rows = [["graph", "precision", "size", "seconds", "largest error", "mean error", "rows of a batch"]]
+        rows = [["graph", "precision", "size", "seconds", "largest error", "mean error", "against float32", "rows of a batch"]]
         for graph in self.graphs:
             eager = [check for check in self.checks if check.graph == graph.name and check.against == "eager"]
+            half = [check for check in self.checks if check.graph == graph.name and check.against == "float32"]
             itself = [check for check in self.checks if check.graph == graph.name and check.against == "itself"]
             alike = "bit-identical" if all(check.error == 0 for check in itself) else "differ"
             size, seconds = readable_size(graph.bytes), f"{graph.seconds:.1f}"
-            rows.append([graph.name, graph.precision, size, seconds, *errors(eager), alike])
+            rows.append([graph.name, graph.precision, size, seconds, *errors(eager), *errors(half)[:1], alike])
         whole = [check for check in self.checks if check.against == "diffusers" and not check.levels]
+        half = [check for check in self.checks if check.against == "float32" and check.graph is None and check.levels]
         total = readable_size(sum(graph.bytes for graph in self.graphs))
-        return [*rows, ["all, against diffusers", "", total, f"{self.seconds:.1f}", *errors(whole), ""]]
+        return [*rows, ["all, against diffusers", "", total, f"{self.seconds:.1f}", *errors(whole), *errors(half)[:1], ""]]
 
     def as_text(self) -> str:
         """The table and the checks, for a terminal."""
@@ -60,7 +63,7 @@ class Report:
             ("passed" if check.passed else "FAILED", check.what, f"{check.error:.2g}", f"(at most {check.tolerance:g})")
             for check in self.checks
         ]
-        return "\n".join([*aligned(self.rows(), right={2, 3, 4, 5}), "", *aligned(checks, right={2})])
+        return "\n".join([*aligned(self.rows(), right={2, 3, 4, 5, 6}), "", *aligned(checks, right={2})])
 
     def as_markdown(self) -> str:
         """report.md."""
@@ -71,7 +74,8 @@ class Report:
         checks += [[c.what, f"{c.error:.2g}", f"{c.mean:.2g}", f"{c.tolerance:g}"] for c in self.checks]
         lines = [
             f"# {name}: the exported graphs against PyTorch",
-            f"Errors are absolute, against the same modules run eagerly in float32; those of 255 are levels of a colour. "
+            f"Errors are absolute, against the same modules run eagerly in the same precision; those of 255 are levels of a "
+            f"colour. {half_precision(self.manifest)}"
             f"`fewstep inspect` on this folder explains the student (default: {nfe} NFE).",
             "\n".join(f"| {' | '.join(row)} |" for row in table),
             f"![Eager, exported and their difference](report.png)\n\nA row per NFE count, for each prompt: diffusers with the "
@@ -94,9 +98,26 @@ class Report:
 
 
 def errors(checks: list[Check]) -> list[str]:
-    """Largest and mean error over checks of one unit."""
+    """Largest and mean error over checks of one unit; empty words where there are none."""
+    if not checks:
+        return ["", ""]
     unit = " of 255" if checks[0].levels else ""
     return [f"{max(check.error for check in checks):.2g}{unit}", f"{np.mean([check.mean for check in checks]):.2g}{unit}"]
+
+
+def half_precision(manifest: StudentManifest) -> str:
+    """What must be known of errors in half precision; nothing for a student in float32."""
+    used = [precision for precision in HALF_PRECISIONS if precision in manifest.precision.values()]
+    allowed = [
+        f"{p} {AGAINST_FLOAT32[p].largest:.2g} of the largest value and {AGAINST_FLOAT32[p].levels} levels" for p in used
+    ]
+    said = f"Tolerated in half precision: {', '.join(allowed)}. " if allowed else ""
+    if "bf16" in used:
+        said += (
+            "onnxruntime computes no bfloat16 on CPU: such a graph was computed in float32 and held to eager float32 over the "
+            "weights as bfloat16 rounds them, and its error against float32 is that of eager bfloat16. "
+        )
+    return said
 
 
 def write_report(report: Report, proof: Proof, folder: Path) -> None:
@@ -109,7 +130,7 @@ def write_report(report: Report, proof: Proof, folder: Path) -> None:
 def side_by_side(trajectories: tuple[Trajectory, ...]) -> Image.Image:
     """At the default size, a row per NFE count; for each prompt the eager picture, the exported one and their difference."""
     shown = [t for t in trajectories if not t.size]
-    rows = [[tile for pair in zip(t.eager_images, t.images, strict=True) for tile in triple(*pair)] for t in shown]
+    rows = [[tile for pair in zip(t.eager.images, t.exported.images, strict=True) for tile in triple(*pair)] for t in shown]
     height, width = rows[0][0].shape[:2]
     label = 48
     columns = len(rows[0])

@@ -1,6 +1,12 @@
-"""The proof that exported graphs equal PyTorch: graph by graph, end to end against diffusers, and row by row in batches."""
+"""The proof that exported graphs equal PyTorch: graph by graph, end to end against diffusers, and row by row in batches.
 
-from collections.abc import Iterator
+A student in half precision is compared twice: with PyTorch in the same arithmetic, which finds wrong graphs, and with itself in
+float32, which tells what half precision costs. onnxruntime computes no bfloat16 on CPU. There the same graph is computed in
+float32 (export/bfloat16.py) and held to eager float32 over the weights as bfloat16 rounds them; what bfloat16 costs is then
+eager's own difference.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -10,15 +16,28 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from export.bfloat16 import widened_student
 from export.graphs import Graph, Tensors
 from export.reference import diffusers_latents
 from server.engine.engine import Engine, Request
 from server.engine.session import Session
+from server.engine.student import GraphName, Precision, open_student
 from tdm_train.checkpoint import Student
 
-TOLERANCE = 1e-4  # on latents and embeddings in float32, see _worst
-PIXEL_TOLERANCE = 1  # levels of 255: a value may fall on either side of a rounding edge
+
+class Tolerance(NamedTuple):
+    """largest: of latents and embeddings, see _worst; levels: of pixels, of 255."""
+
+    largest: float
+    levels: int
+
+
+# A level either way is a rounding edge. Half precisions: 40 times the rounding of one operation, and what that makes of pixels.
+FLOAT32, FLOAT16, BFLOAT16 = Tolerance(1e-4, 1), Tolerance(40 * 2**-11, 3), Tolerance(40 * 2**-8, 11)
+AGAINST_FLOAT32: dict[Precision, Tolerance] = {"fp32": FLOAT32, "fp16": FLOAT16, "bf16": BFLOAT16}
+IN_ITS_OWN: dict[Precision, Tolerance] = AGAINST_FLOAT32 | {"bf16": FLOAT16}  # computed in float32; only constants are rounded
 BATCHES = (1, 2, 3, 8)
+Against = Literal["eager", "float32", "itself", "diffusers"]
 PROMPTS = ("a red circle above a blue square", "A large star,  black background")
 
 
@@ -27,8 +46,8 @@ class Check:
     """One comparison: what was compared, the largest difference, and the most that is tolerated.
 
     Differences are absolute, of floats whose largest is above 1 as a share of that. mean: the mean difference; graph: the graph
-    it is about, None for all three together; against: what the exported graphs were compared with; levels: differences are
-    levels of 255.
+    it is about, None for all three together; against: what the exported graphs were compared with, eager and diffusers in
+    their own precision; levels: differences are levels of 255.
     """
 
     what: str
@@ -36,7 +55,7 @@ class Check:
     tolerance: float
     mean: float = 0.0
     graph: str | None = None
-    against: Literal["eager", "itself", "diffusers"] = "eager"
+    against: Against = "eager"
     levels: bool = False
 
     @property
@@ -51,29 +70,45 @@ class Distance(NamedTuple):
     mean: float
 
 
+class Pictures(NamedTuple):
+    """latents float32 [B, C, h, w] and images uint8 [B, H, W, 3]; of videos with frames after the batch."""
+
+    latents: NDArray[Any]
+    images: NDArray[Any]
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """The same prompts and noise at one K by the exported graphs and by the diffusers pipeline with the eager decoder.
 
-    size: "WxH" where it is not the student's default. latents float32 [B, C, h, w], images uint8 [B, H, W, 3]; of videos with
-    frames after the batch.
+    size: "WxH" where it is not the student's default; precision: the coarsest of the graphs; half, float32: of a student in
+    half precision, what it makes and what it makes in float32.
     """
 
     nfe: int
     size: str
-    latents: NDArray[Any]
-    images: NDArray[Any]
-    eager_latents: NDArray[Any]
-    eager_images: NDArray[Any]
+    exported: Pictures
+    eager: Pictures
+    precision: Precision = "fp32"
+    half: Pictures | None = None
+    float32: Pictures | None = None
 
     def checks(self) -> list[Check]:
-        """Latents and pictures, each against diffusers."""
-        latents = _worst([self.latents], [self.eager_latents], scaled=True)
-        images = _worst([self.images], [self.eager_images])
+        """Latents and pictures, each against diffusers, and of a half-precision student against itself in float32."""
         named = f"{self.nfe} exported steps equal the diffusers pipeline{self.size and f' at {self.size}'}"
+        checks = self.compared(named, self.exported, self.eager, "diffusers")
+        if self.half is not None and self.float32 is not None:
+            named = f"{self.nfe} steps in {self.precision} against float32{self.size and f' at {self.size}'}"
+            checks += self.compared(named, self.half, self.float32, "float32")
+        return checks
+
+    def compared(self, named: str, ours: Pictures, theirs: Pictures, against: Against) -> list[Check]:
+        """Two checks: of latents and of pictures."""
+        latents, images = _worst([ours.latents], [theirs.latents], scaled=True), _worst([ours.images], [theirs.images])
+        allowed = tolerance(self.precision, against)
         return [
-            Check(named, latents.largest, TOLERANCE, latents.mean, against="diffusers"),
-            Check(f"{named}, decoded", images.largest, PIXEL_TOLERANCE, images.mean, against="diffusers", levels=True),
+            Check(named, latents.largest, allowed.largest, latents.mean, against=against),
+            Check(f"{named}, decoded", images.largest, allowed.levels, images.mean, against=against, levels=True),
         ]
 
 
@@ -85,33 +120,84 @@ class Proof:
     trajectories: tuple[Trajectory, ...]
 
 
-def verify(student: Student, graphs: list[Graph], folder: Path) -> Proof:
+@dataclass(frozen=True)
+class Form:
+    """A student in some precision, and its graphs."""
+
+    student: Student
+    graphs: dict[str, Graph]
+
+    def pictures(self, noise: torch.Tensor, nfe: int) -> Pictures:
+        """What the diffusers pipeline and the eager decoder make of PROMPTS and noise [B, ...]."""
+        latents = diffusers_latents(self.student, list(PROMPTS), noise, nfe)
+        with torch.no_grad():
+            images: torch.Tensor = self.graphs["vae_decoder"].module(torch.from_numpy(latents))
+        return Pictures(latents, images.numpy())
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The student as it was trained; as it is exported; and as onnxruntime computes it here, where bf16 becomes float32."""
+
+    float32: Form
+    exported: Form
+    here: Form
+
+    def half(self, exported: Pictures, noise: torch.Tensor, nfe: int, precision: Precision) -> Pictures:
+        """What the student makes in its own arithmetic: onnxruntime's, or eager's where onnxruntime lacks it."""
+        return self.exported.pictures(noise, nfe) if precision == "bf16" else exported
+
+
+def verify(forms: Forms, folder: Path) -> Proof:
     """Runs every comparison on the exported student in `folder`; the caller must refuse to publish if one has not passed."""
-    engine = Engine.open(folder)
+    opened = open_student(folder)
+    precisions = opened.manifest.precision
+    engine = Engine.of(widened_student(opened))
     checks: list[Check] = []
     trajectories: list[Trajectory] = []
     shapes = [tuple(shape) for shape in engine.manifest.sizes.values()]
-    asked = trajectories_to_check(engine)
-    total = sum(len(BATCHES) + 1 + len(other_shapes(graph, shapes)) for graph in graphs) + 2 * len(asked)
-    with tqdm(total=total, desc="verifying", dynamic_ncols=True) as bar:
+    asked, worst = trajectories_to_check(engine), coarsest(precisions.values())
+    with tqdm(total=count_checks(forms, shapes, precisions, len(asked)), desc="verifying", dynamic_ncols=True) as bar:
 
         def add(check: Check) -> None:
             checks.append(check)
             bar.update()
 
-        for graph in graphs:
-            bar.set_postfix_str(graph.name)
-            for check in compare_graph(graph, engine.sessions[graph.name], shapes):
+        for name, precision in precisions.items():
+            bar.set_postfix_str(name)
+            for check in compare_graph(forms.here.graphs[name], engine.sessions[name], shapes, precision):
                 add(check)
-        decoder = next(graph.module for graph in graphs if graph.name == "vae_decoder")
+            for check in compare_with_float32(forms, engine.sessions[name], name, shapes, precision):
+                add(check)
         for nfe, size in asked:
             bar.set_postfix_str(f"{nfe} NFE against diffusers")
-            trajectories.append(compare_trajectory(student, engine, decoder, nfe, size))
+            trajectories.append(compare_trajectory(forms, engine, worst, nfe, size))
             for check in trajectories[-1].checks():
                 add(check)
         bar.set_postfix_str("")
         assert bar.n == bar.total
     return Proof(tuple(checks), tuple(trajectories))
+
+
+def count_checks(
+    forms: Forms, shapes: list[tuple[int, ...]], precisions: Mapping[GraphName, Precision], trajectories: int
+) -> int:
+    """How many checks `verify` is about to make."""
+    total = 2 * trajectories * (1 if coarsest(precisions.values()) == "fp32" else 2)
+    for name, precision in precisions.items():
+        others = len(other_shapes(forms.float32.graphs[name], shapes))
+        total += len(BATCHES) + others + 1 + (0 if precision == "fp32" else 1 + others)
+    return total
+
+
+def coarsest(precisions: Iterable[Precision]) -> Precision:
+    """The precision that rounds most."""
+    return max(precisions, key=AGAINST_FLOAT32.__getitem__)
+
+
+def tolerance(precision: Precision, against: Against) -> Tolerance:
+    """What a comparison may differ by."""
+    return AGAINST_FLOAT32[precision] if against == "float32" else IN_ITS_OWN[precision]
 
 
 def trajectories_to_check(engine: Engine) -> list[tuple[int, str]]:
@@ -120,14 +206,32 @@ def trajectories_to_check(engine: Engine) -> list[tuple[int, str]]:
     return [*((nfe, default) for nfe in engine.manifest.nfe), *((engine.manifest.default_nfe, size) for size in others)]
 
 
-def compare_graph(graph: Graph, session: Session, shapes: list[tuple[int, ...]]) -> Iterator[Check]:
+def compare_graph(
+    graph: Graph, session: Session, shapes: list[tuple[int, ...]], precision: Precision = "fp32"
+) -> Iterator[Check]:
     """ONNX against eager at several batches of the first latent shape, at a batch of two of every other, and each row of the
     largest batch against the same row alone."""
     for batch in BATCHES:
-        yield equals_eager(graph, session, graph.example(batch, shapes[0]), f"batch {batch}")
+        yield equals_eager(graph, session, graph.example(batch, shapes[0]), f"batch {batch}", precision)
     for shape in other_shapes(graph, shapes):
-        yield equals_eager(graph, session, graph.example(2, shape), f"latents {' x '.join(map(str, shape))}")
+        yield equals_eager(graph, session, graph.example(2, shape), f"latents {' x '.join(map(str, shape))}", precision)
     yield rows_equal_themselves_alone(graph, session, graph.example(max(BATCHES), shapes[0]))
+
+
+def compare_with_float32(
+    forms: Forms, session: Session, name: str, shapes: list[tuple[int, ...]], precision: Precision
+) -> Iterator[Check]:
+    """What half precision costs a graph, at a batch of two of every latent shape: the exported graph, or eager where
+    onnxruntime lacks the precision, against eager in float32."""
+    if precision == "fp32":
+        return
+    float32, half = forms.float32.graphs[name], forms.exported.graphs[name].module
+    for shape in [shapes[0], *other_shapes(float32, shapes)]:
+        inputs = float32.example(2, shape)
+        ours = _eager(half, inputs) if precision == "bf16" else _run(session, inputs)
+        whose = "eager " if precision == "bf16" else ""
+        named = f"{whose}{name} in {precision} against eager float32, inputs of {' x '.join(map(str, shape))}"
+        yield compared(named, ours, _eager(float32.module, inputs), name, precision, "float32")
 
 
 def other_shapes(graph: Graph, shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -135,15 +239,21 @@ def other_shapes(graph: Graph, shapes: list[tuple[int, ...]]) -> list[tuple[int,
     return shapes[1:] if "latents" in graph.dynamic else []
 
 
-def equals_eager(graph: Graph, session: Session, inputs: Tensors, when: str) -> Check:
+def equals_eager(graph: Graph, session: Session, inputs: Tensors, when: str, precision: Precision = "fp32") -> Check:
     """The exported graph and its module on the same inputs."""
-    with torch.no_grad():
-        eager = graph.module(**inputs)
-    eager = eager if isinstance(eager, tuple) else (eager,)
-    levels = eager[0].dtype == torch.uint8
-    worst = _worst(_run(session, inputs), [theirs.numpy() for theirs in eager], scaled=not levels)
-    tolerance = PIXEL_TOLERANCE if levels else TOLERANCE
-    return Check(f"{graph.name} equals eager, {when}", worst.largest, tolerance, worst.mean, graph.name, levels=levels)
+    how = {"fp32": "", "fp16": " fp16", "bf16": " over bf16 weights, both in float32"}[precision]
+    named = f"{graph.name} equals eager{how}, {when}"
+    return compared(named, _run(session, inputs), _eager(graph.module, inputs), graph.name, precision, "eager")
+
+
+def compared(
+    named: str, ours: list[NDArray[Any]], theirs: list[NDArray[Any]], graph: str, precision: Precision, against: Against
+) -> Check:
+    """Outputs of a graph and of its reference."""
+    levels = theirs[0].dtype == np.uint8
+    worst = _worst(ours, theirs, scaled=not levels)
+    allowed = tolerance(precision, against)
+    return Check(named, worst.largest, allowed.levels if levels else allowed.largest, worst.mean, graph, against, levels)
 
 
 def rows_equal_themselves_alone(graph: Graph, session: Session, inputs: Tensors) -> Check:
@@ -156,17 +266,18 @@ def rows_equal_themselves_alone(graph: Graph, session: Session, inputs: Tensors)
     return Check(named, worst.largest, 0.0, worst.mean, graph.name, "itself")
 
 
-def compare_trajectory(student: Student, engine: Engine, decoder: torch.nn.Module, nfe: int, size: str) -> Trajectory:
+def compare_trajectory(forms: Forms, engine: Engine, precision: Precision, nfe: int, size: str) -> Trajectory:
     """`nfe` exported steps and the diffusers pipeline's own, with the same noise and prompts, both decoded."""
     shape = engine.manifest.sizes[size]
     noise = torch.randn(len(PROMPTS), *shape, generator=torch.Generator().manual_seed(nfe)) * engine.manifest.init_noise_sigma
     latents = exported_latents(engine, noise.numpy(), nfe, size)
     (images,) = engine.sessions["vae_decoder"].run({"latents": latents})
-    eager = diffusers_latents(student, list(PROMPTS), noise, nfe)
-    with torch.no_grad():
-        eager_images: torch.Tensor = decoder(torch.from_numpy(eager))
-    default = size == next(iter(engine.manifest.sizes))
-    return Trajectory(nfe, "" if default else size, latents, images, eager, eager_images.numpy())
+    shown = "" if size == next(iter(engine.manifest.sizes)) else size
+    exported, eager = Pictures(latents, images), forms.here.pictures(noise, nfe)
+    if precision == "fp32":
+        return Trajectory(nfe, shown, exported, eager)
+    half = forms.half(exported, noise, nfe, precision)
+    return Trajectory(nfe, shown, exported, eager, precision, half, forms.float32.pictures(noise, nfe))
 
 
 def exported_latents(engine: Engine, noise: NDArray[Any], nfe: int, size: str) -> NDArray[Any]:
@@ -182,6 +293,12 @@ def exported_latents(engine: Engine, noise: NDArray[Any], nfe: int, size: str) -
 
 def _run(session: Session, inputs: Tensors) -> list[NDArray[Any]]:
     return session.run({name: value.numpy() for name, value in inputs.items()})
+
+
+def _eager(module: torch.nn.Module, inputs: Tensors) -> list[NDArray[Any]]:
+    with torch.no_grad():
+        outputs = module(**inputs)
+    return [output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 
 def _worst(ours: list[NDArray[Any]], theirs: list[NDArray[Any]], scaled: bool = False) -> Distance:

@@ -18,7 +18,7 @@ from export.graphs import Graph
 from export.onnx import halve_weights
 from export.publish import ExportRefused, export_student
 from export.report import Report, side_by_side
-from export.verify import Check, Trajectory, compare_graph
+from export.verify import Check, Pictures, Trajectory, compare_graph
 from fewstep import app
 from server.engine.student import GRAPHS, StudentManifest, open_student
 from server.inspect import as_text, inspect
@@ -133,7 +133,7 @@ def test_a_dry_run_builds_and_proves_but_leaves_the_repository_alone(
 ) -> None:
     built: list[Path] = []
 
-    def quick_build(student: object, vae: object, folder: Path) -> Report:
+    def quick_build(student: object, vae: object, folder: Path, precisions: object) -> Report:
         folder.mkdir()
         built.append(folder)
         return published[1]
@@ -204,7 +204,7 @@ def test_the_picture_shows_a_single_level_of_difference_and_nothing_else() -> No
     exported = eager.copy()
     exported[0, 5, 7] += 1
     latents = np.zeros((1, 4, 2, 2), np.float32)
-    picture = np.asarray(side_by_side((Trajectory(4, "", latents, exported, latents, eager),)))
+    picture = np.asarray(side_by_side((Trajectory(4, "", Pictures(latents, exported), Pictures(latents, eager)),)))
     difference = picture[-24:, -24:][:16, :16].astype(int)  # the last tile, left of and above a white margin of 8
     assert (difference[5, 7] >= 64).all()
     difference[5, 7] = 0

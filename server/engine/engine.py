@@ -16,7 +16,7 @@ import numpy.typing as npt
 from server.engine.errors import InvalidRequest, NumericalError
 from server.engine.fingerprint import fingerprint, fingerprint_parts
 from server.engine.noise import initial_latents
-from server.engine.session import OnnxSession, Session
+from server.engine.session import OnnxSession, Session, refuse_bf16
 from server.engine.student import GRAPHS, ExportedStudent, StudentManifest, open_student
 from server.engine.text import Text, TextEncoder
 
@@ -113,6 +113,7 @@ class Engine:
     def of(cls, student: ExportedStudent, determinism: Determinism = "strict") -> "Engine":
         """Builds the sessions of a verified student; raises StudentError."""
         manifest = student.manifest
+        refuse_bf16(manifest.precision)
         sessions: dict[str, Session] = {
             graph: OnnxSession(graph, student.files[f"{graph}.onnx"], manifest.tensors(graph)) for graph in GRAPHS
         }

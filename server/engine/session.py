@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from server.engine.errors import StudentError
-from server.engine.student import GraphTensors
+from server.engine.student import STAGES, GraphName, GraphTensors, Precision
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -39,6 +40,16 @@ class Session(Protocol):
     def run(self, tensors: Tensors) -> list[npt.NDArray[Any]]:
         """One call; the first dimension of every array is the batch."""
         ...
+
+
+def refuse_bf16(precisions: Mapping[GraphName, Precision]) -> None:
+    """Raises StudentError for a graph that onnxruntime has no arithmetic for on CPU, with the way out."""
+    for stage, graph in STAGES.items():
+        if precisions[graph] == "bf16":
+            raise StudentError(
+                f"{graph}.onnx is bf16, which onnxruntime's {PROVIDER} does not compute: serve this student by TensorRT or "
+                f"CUDA, or export it for CPUs with `fewstep export ... --precision {stage}=fp32`"
+            )
 
 
 class OnnxSession:

@@ -12,6 +12,8 @@ from server.engine.errors import StudentError
 
 GraphName = Literal["text_encoder", "student_step", "vae_decoder"]
 GRAPHS: tuple[GraphName, ...] = ("text_encoder", "student_step", "vae_decoder")
+Precision = Literal["fp32", "fp16", "bf16"]
+STAGES: dict[str, GraphName] = {"text_encoder": "text_encoder", "denoiser": "student_step", "vae": "vae_decoder"}
 MEND = "export the student again with `fewstep export`, or restore the file from git"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -50,7 +52,8 @@ class StudentManifest(BaseModel):
     tables: NFE count -> rows (timestep, c0, c1, c2) in the order they run; next = c0*latents + c1*x0 + c2*x0_prev.
     sizes: "WIDTHxHEIGHT" in pixels -> latent shape, [C, h, w] of images and [F, C, h, w] of videos; the first is the default.
     frames, fps: of a video in pixels, None for images. conditions: what student_step is told beside the latents. decoder: full,
-    or tiny for a distilled one. k_conditioning: whether student_step is told its NFE count.
+    or tiny for a distilled one. precision: of the weights and the arithmetic inside each graph; what goes in and comes out is
+    float32. k_conditioning: whether student_step is told its NFE count.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -75,7 +78,7 @@ class StudentManifest(BaseModel):
     max_prompt_characters: PositiveInt
     max_batch: PositiveInt
     init_noise_sigma: Annotated[FiniteFloat, Field(gt=0)]
-    precision: dict[GraphName, str]
+    precision: dict[GraphName, Precision]
     k_conditioning: bool
     training: dict[str, Any]
     files: dict[str, Sha256]
