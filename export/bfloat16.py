@@ -10,18 +10,40 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from server.engine.student import ExportedStudent
+from server.engine.student import Contents, ExportedStudent, weights_of
 
 
 def widened_student(student: ExportedStudent) -> ExportedStudent:
-    """An exported student whose bf16 graphs are computed in float32, with all weights inside."""
+    """An exported student whose bf16 graphs are computed in float32."""
     files, precisions = dict(student.files), dict(student.manifest.precision)
     for graph, precision in student.manifest.precision.items():
         if precision == "bf16":
-            model = onnx.load_model_from_string(bytes(files[f"{graph}.onnx"]))
-            files[f"{graph}.onnx"] = widened(model).SerializeToString()
+            file = f"{graph}.onnx"
+            model = onnx.load_model_from_string(bytes(files[file]))
+            if weights_of(file) in files:
+                files[weights_of(file)] = widened_weights(model, files[weights_of(file)])
+            files[file] = widened(model).SerializeToString()
             precisions[graph] = "fp32"
     return ExportedStudent(student.manifest.model_copy(update={"precision": precisions}), files)
+
+
+def widened_weights(model: onnx.ModelProto, weights: Contents) -> bytearray:
+    """The bytes of the weights that a model keeps in another file, bfloat16 as float32; tells the model their new places."""
+    wide, given = bytearray(), memoryview(weights)
+    for tensor in model.graph.initializer:
+        if tensor.data_location != TensorProto.EXTERNAL:
+            continue
+        told = {entry.key: entry for entry in tensor.external_data}
+        begin, length = int(told["offset"].value), int(told["length"].value)
+        values = given[begin : begin + length]
+        told["offset"].value = str(len(wide))
+        if tensor.data_type == TensorProto.BFLOAT16:
+            wide += (np.frombuffer(values, "<u2").astype("<u4") << 16).tobytes()
+            tensor.data_type = TensorProto.FLOAT
+        else:
+            wide += values
+        told["length"].value = str(len(wide) - int(told["offset"].value))
+    return wide
 
 
 def widened(model: onnx.ModelProto) -> onnx.ModelProto:

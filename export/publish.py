@@ -27,7 +27,7 @@ from export.sampler_table import Row, sampler_table
 from export.student_graphs import MAX_BATCH, example_shape, student_graphs
 from export.verify import Form, Forms, verify
 from server.engine.errors import NumericalError
-from server.engine.student import GRAPHS, STAGES, GraphName, Precision, StudentManifest
+from server.engine.student import GRAPHS, STAGES, GraphName, Precision, StudentManifest, weights_of
 from server.engine.triton_config import MODEL_PY, triton_config
 from tdm_train.backbones import backbone_of
 from tdm_train.checkpoint import Student, load_student
@@ -108,8 +108,7 @@ def build(student: Student, vae: Any, folder: Path, precisions: Mapping[GraphNam
     (folder / "config.pbtxt").write_text(triton_config(manifest))
     proof = verify(forms, folder)
     files = tuple(
-        GraphFile(graph, manifest.precision[graph], (version / f"{graph}.onnx").stat().st_size, seconds[graph])
-        for graph in GRAPHS
+        GraphFile(graph, manifest.precision[graph], bytes_of(version / f"{graph}.onnx"), seconds[graph]) for graph in GRAPHS
     )
     report = Report(manifest, files, proof.checks, time.perf_counter() - begin)
     write_report(report, proof, folder)
@@ -181,7 +180,9 @@ def describe(
     family = FAMILIES[described.family]
     tokenizers = family.tokenizers(student)
     longest = max(tokenizer.length for tokenizer in tokenizers)
-    files = (*(f"{graph}.onnx" for graph in GRAPHS), *(tokenizer.file for tokenizer in tokenizers))
+    graphs = [f"{graph}.onnx" for graph in GRAPHS]
+    weights = [name for name in map(weights_of, graphs) if (version / name).exists()]
+    files = (*graphs, *weights, *(tokenizer.file for tokenizer in tokenizers))
     return StudentManifest.model_validate(
         {
             "format": 2,
@@ -207,7 +208,7 @@ def describe(
             "precision": dict(precisions),
             "k_conditioning": described.k_conditioning,
             "training": described.training,
-            "files": {name: hashlib.sha256((version / name).read_bytes()).hexdigest() for name in files},
+            "files": {name: sha256(version / name) for name in files},
             "versions": {
                 "torch": torch.__version__,
                 "diffusers": diffusers.__version__,
@@ -216,3 +217,15 @@ def describe(
             },
         }
     )
+
+
+def bytes_of(graph: Path) -> int:
+    """Bytes of a graph's file and of its weights'."""
+    weights = graph.with_name(weights_of(graph.name))
+    return graph.stat().st_size + (weights.stat().st_size if weights.exists() else 0)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file of any size."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from typer.testing import CliRunner
 
+import export.onnx
 import export.publish
 from export.graphs import Graph
 from export.onnx import halve_weights
@@ -20,6 +23,7 @@ from export.publish import ExportRefused, export_student
 from export.report import Report, side_by_side
 from export.verify import Check, Pictures, Trajectory, compare_graph
 from fewstep import app
+from server.engine.engine import Engine, Request
 from server.engine.student import GRAPHS, StudentManifest, open_student
 from server.inspect import as_text, inspect
 from tdm_train.checkpoint import load_student, open_pipeline, save_student
@@ -72,6 +76,25 @@ def test_the_published_folder_is_whole_and_small(published: tuple[Path, Report])
     assert "decoupled" in (folder / "config.pbtxt").read_text()
     StudentManifest.model_validate(json.loads((folder / "1" / "student.json").read_text()))
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 20e6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_student_with_its_weights_in_files_of_their_own_makes_the_same_pixels(
+    student_folder: Path, published: tuple[Path, Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export.onnx, "ONE_FILE_BYTES", 0)
+    folder, report = export_student(student_folder, tmp_path)
+    assert all(check.passed for check in report.checks)
+    apart, one_file = Engine.open(folder), Engine.open(published[0])
+    assert len(apart.manifest.weight_files) == len(GRAPHS)
+    assert not one_file.manifest.weight_files
+    for file in apart.manifest.weight_files:
+        graph = folder / "1" / file.removesuffix(".data")
+        assert (folder / "1" / file).stat().st_size > 0.8 * (published[0] / "1" / graph.name).stat().st_size
+    request = Request("a red circle", 7, 0, 4, next(iter(apart.manifest.sizes)))
+    assert np.array_equal(apart.run(request).image, one_file.run(request).image)
+    inspect(folder)
 
 
 @pytest.mark.slow
@@ -221,6 +244,12 @@ def test_weights_are_halved_only_where_half_precision_holds_them_exactly() -> No
     weights = [onnx.numpy_helper.from_array(exact, "exact"), onnx.numpy_helper.from_array(inexact, "inexact")]
     node = onnx.helper.make_node("Add", ["exact", "inexact"], ["sum"])
     output = onnx.helper.make_tensor_value_info("sum", onnx.TensorProto.FLOAT, [64])
-    model = halve_weights(onnx.helper.make_model(onnx.helper.make_graph([node], "graph", [], [output], weights)))
-    assert {weight.name for weight in model.graph.initializer} == {"exact.half", "inexact"}
-    onnx.checker.check_model(model)
+    model = ir.from_proto(onnx.helper.make_model(onnx.helper.make_graph([node], "graph", [], [output], weights)))
+    halve_weights(model)
+    halved = ir.to_proto(model)
+    assert {weight.name: weight.data_type for weight in halved.graph.initializer} == {
+        "exact.half": onnx.TensorProto.FLOAT16,
+        "inexact": onnx.TensorProto.FLOAT,
+    }
+    onnx.checker.check_model(halved, full_check=True)
+    assert np.array_equal(ReferenceEvaluator(halved).run(None, {})[0], exact + inexact)

@@ -17,7 +17,7 @@ from server.engine.errors import InvalidRequest, NumericalError
 from server.engine.fingerprint import fingerprint, fingerprint_parts
 from server.engine.noise import initial_latents
 from server.engine.session import OnnxSession, Session, refuse_bf16
-from server.engine.student import GRAPHS, ExportedStudent, StudentManifest, open_student
+from server.engine.student import GRAPHS, ExportedStudent, StudentManifest, open_student, weights_of
 from server.engine.text import Text, TextEncoder
 
 # Taking turns, four decodes make room for sixteen rows of a 4-NFE ladder. Half of both bring 5 % fewer images/s, and 1-NFE
@@ -112,10 +112,11 @@ class Engine:
     @classmethod
     def of(cls, student: ExportedStudent, determinism: Determinism = "strict") -> "Engine":
         """Builds the sessions of a verified student; raises StudentError."""
-        manifest = student.manifest
+        manifest, files = student.manifest, student.files
         refuse_bf16(manifest.precision)
         sessions: dict[str, Session] = {
-            graph: OnnxSession(graph, student.files[f"{graph}.onnx"], manifest.tensors(graph)) for graph in GRAPHS
+            graph: OnnxSession(graph, files[f"{graph}.onnx"], manifest.tensors(graph), files.get(weights_of(f"{graph}.onnx")))
+            for graph in GRAPHS
         }
         tables = {nfe: np.array(manifest.tables[str(nfe)], np.float32) for nfe in manifest.nfe}
         text_encoder = TextEncoder.of(student, sessions["text_encoder"])

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from server.engine.errors import StudentError
-from server.engine.student import STAGES, GraphName, GraphTensors, Precision
+from server.engine.external_data import check_external_data
+from server.engine.student import STAGES, Contents, GraphName, GraphTensors, Precision, weights_of
 
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -22,11 +23,6 @@ DEVICE = "cpu"
 DEFAULT_CPU_THREADS = min(max((os.cpu_count() or 1) // 2, 1), 4)
 THREADS_VARIABLE = "FEWSTEP_CPU_THREADS"
 LOG_FATAL_ONLY = 4  # every error is raised as well, and one line is enough
-
-# A tensor kept in another file names it in an entry whose key (protobuf field 1, 8 bytes) is "location". onnxruntime
-# resolves such names against the working directory even for a model given as bytes, so they are looked for here, with
-# every longer spelling that protobuf allows for the two leading bytes.
-EXTERNAL_DATA = re.compile(rb"(?:\x0a|\x8a\x80*\x00)(?:\x08|\x88\x80*\x00)location")
 
 
 class Session(Protocol):
@@ -57,13 +53,17 @@ class OnnxSession:
 
     batch_invariant = True  # tests and `fewstep bench determinism` hold it to that
 
-    def __init__(self, graph: str, contents: bytes, tensors: GraphTensors) -> None:
-        """Raises StudentError when `contents` reaches for other files, is refused, or has other tensors than expected."""
+    def __init__(self, graph: str, contents: Contents, tensors: GraphTensors, weights: Contents | None = None) -> None:
+        """weights: of the file beside it, where the manifest lists one. Raises StudentError when `contents` reaches for any
+        other file, is refused, or has other tensors than expected."""
         share_threads()
-        if EXTERNAL_DATA.search(contents):
-            raise StudentError(f"{graph}.onnx keeps weights in another file, which no digest covers; export it in one file")
+        file = f"{graph}.onnx"
+        check_external_data(file, contents, weights_of(file), None if weights is None else len(weights))
+        options = session_options()
+        if weights is not None:  # the bytes that were verified, by the name that the graph has for them
+            options.add_external_initializers_from_files_in_memory([weights_of(file)], [weights], [len(weights)])
         try:
-            self.session = ort.InferenceSession(contents, session_options(), providers=[PROVIDER])
+            self.session = ort.InferenceSession(bytes(contents), options, providers=[PROVIDER])
         except Exception as error:  # onnxruntime's exceptions share no public base class
             raise StudentError(f"{graph}.onnx: onnxruntime refuses it: {first_line(error)}; export the student again") from None
         self.outputs = list(tensors.outputs)

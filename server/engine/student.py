@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import mmap
+import os
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -16,6 +20,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 STAGES: dict[str, GraphName] = {"text_encoder": "text_encoder", "denoiser": "student_step", "vae": "vae_decoder"}
 MEND = "export the student again with `fewstep export`, or restore the file from git"
 
+Contents = bytes | bytearray | mmap.mmap
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Size = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$")]
 Row = tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
@@ -107,7 +112,16 @@ class StudentManifest(BaseModel):
     @property
     def file_names(self) -> tuple[str, ...]:
         """The files beside student.json that decide the pixels."""
-        return (*(f"{graph}.onnx" for graph in GRAPHS), *(tokenizer.file for tokenizer in self.tokenizers))
+        return (
+            *(f"{graph}.onnx" for graph in GRAPHS),
+            *self.weight_files,
+            *(tokenizer.file for tokenizer in self.tokenizers),
+        )
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """Those that hold the weights of graphs whose weights are large."""
+        return tuple(name for graph in GRAPHS if (name := weights_of(f"{graph}.onnx")) in self.files)
 
     @property
     def text_length(self) -> int:
@@ -130,6 +144,11 @@ class StudentManifest(BaseModel):
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
+def weights_of(graph_file: str) -> str:
+    """The file beside a graph's own that holds its weights where they are large: vae_decoder.onnx -> vae_decoder.onnx.data."""
+    return f"{graph_file}.data"
+
+
 def token_tensors(place: int, tokenizer: TokenizerSettings) -> list[str]:
     """What the text encoder's inputs from the tokeniser at `place` (0 ..) are called: tokens, tokens_2 .., mask, mask_2 .."""
     number = f"_{place + 1}" if place else ""
@@ -138,10 +157,11 @@ def token_tensors(place: int, tokenizer: TokenizerSettings) -> list[str]:
 
 @dataclass(frozen=True)
 class ExportedStudent:
-    """A verified student: its manifest and the bytes whose digests were checked (never read a second time)."""
+    """A verified student: its manifest and the bytes whose digests were checked (never read a second time); large weights
+    stay in their files, mapped into memory."""
 
     manifest: StudentManifest
-    files: dict[str, bytes]
+    files: Mapping[str, Contents]
 
 
 def open_student(folder: Path) -> ExportedStudent:
@@ -151,9 +171,12 @@ def open_student(folder: Path) -> ExportedStudent:
     if manifest.name != folder.name:
         raise StudentError(f"{folder}: its manifest is named {manifest.name!r}; rename the folder, or {MEND}")
     read(version / "model.py")  # Triton needs it, and says less well that it is missing
-    return ExportedStudent(
-        manifest, {name: read_verified(version / name, manifest.files[name]) for name in manifest.file_names}
-    )
+    opened = {
+        name: map_file(version / name) if name.endswith(".data") else read(version / name) for name in manifest.file_names
+    }
+    for name, contents in opened.items():
+        verify(version / name, contents, manifest.files[name])
+    return ExportedStudent(manifest, opened)
 
 
 def read_manifest(path: Path) -> StudentManifest:
@@ -166,13 +189,28 @@ def read_manifest(path: Path) -> StudentManifest:
         raise StudentError(f"{path}: {where}: {first['msg']}; {MEND}") from None
 
 
-def read_verified(path: Path, sha256: str) -> bytes:
-    """The bytes of `path`; raises StudentError when they are not those the manifest promises."""
-    contents = read(path)
+def verify(path: Path, contents: Contents, sha256: str) -> None:
+    """Raises StudentError when the bytes of `path` are not those the manifest promises."""
     actual = hashlib.sha256(contents).hexdigest()
     if actual != sha256:
         raise StudentError(f"{path}: sha256 is {actual[:12]}… ({len(contents)} bytes), expected {sha256[:12]}…; {MEND}")
-    return contents
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """The bytes of `path`, in memory only as far as they are looked at.
+
+    Raises StudentError for a file that goes by another name too: whoever writes there would change it unseen.
+    """
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+                raise StudentError(f"{path} is a hard link or no plain file; copy the file here, or {MEND}")
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise StudentError(f"{path} is missing; {MEND}") from None
+    except (OSError, ValueError) as error:  # a symbolic link, or an empty file
+        raise StudentError(f"{path} cannot be read, or is a link: {error}; {MEND}") from None
 
 
 def read(path: Path) -> bytes:

@@ -42,7 +42,9 @@ class TextEncoder:
     def of(cls, student: ExportedStudent, session: Session) -> "TextEncoder":
         """With the tokenisers of a verified student; raises StudentError."""
         manifest = student.manifest
-        opened = [(settings, open_tokenizer(settings.file, student.files[settings.file])) for settings in manifest.tokenizers]
+        opened = [
+            (settings, open_tokenizer(settings.file, bytes(student.files[settings.file]))) for settings in manifest.tokenizers
+        ]
         return cls(opened, session, manifest.conditions)
 
     def encode(self, prompt: str) -> Text:
