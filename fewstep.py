@@ -117,20 +117,43 @@ def export(
     decoder: Annotated[Literal["full", "tiny"], typer.Option(help="tiny: the student's vae_tiny, as NAME-tiny")] = "full",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16; or by stage: text_encoder=, denoiser=, vae=")] = "fp32",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="export and check, but publish nothing")] = False,
+    tensorrt: Annotated[str | None, typer.Option(help="also build TensorRT engines, by: rtx, full, or auto")] = None,
+    target: Annotated[str | None, typer.Option(help="compute capabilities to build engines for, e.g. 8.6,8.9")] = None,
 ) -> None:
     """Exports a student to ONNX, proves the graphs equal to PyTorch and to diffusers, and publishes them for Triton.
 
     Students of PixArt, Stable Diffusion 1.x and 2.x, SDXL, Stable Diffusion 3 and CogVideoX are known.
 
-    Example: fewstep export runs/scenes_tdm/student --to model_repository --precision denoiser=fp16,vae=fp32
+    Examples: fewstep export runs/scenes_tdm/student --to model_repository; with --precision denoiser=fp16,vae=fp32; with
+    --tensorrt rtx --target 8.6,8.9
     """
     with one_line_errors("export"):
         from export.precision import parse_precisions
         from export.publish import export_student
+        from export.tensorrt import toolchain
 
-        path, report = export_student(student, to, dry_run, decoder, parse_precisions(precision))
+        if target and not tensorrt:
+            raise ValueError("--target says for which GPUs engines are built; say --tensorrt rtx as well")
+        tools = toolchain(tensorrt, target) if tensorrt else None
+        path, report = export_student(student, to, dry_run, decoder, parse_precisions(precision), tools)
         print(report.as_text())
         print(f"\ndry run: all passed, nothing was published as {path}" if dry_run else f"\npublished {path}, with a report.md")
+
+
+@app.command()
+def engines(
+    student: Annotated[Path, typer.Argument(help="an exported student, e.g. model_repository/scenes")],
+    tensorrt: Annotated[str, typer.Option(help="rtx: for GPUs that are not here; full: for the one that is; auto")] = "auto",
+    target: Annotated[str | None, typer.Option(help="compute capabilities to build for, e.g. 8.6,8.9 (rtx)")] = None,
+) -> None:
+    """Builds the TensorRT engines of a student that is exported already. Needs neither torch nor, for rtx, a GPU.
+
+    Example: fewstep engines model_repository/scenes --target 8.6,8.9
+    """
+    with one_line_errors("tensorrt"):
+        from export.tensorrt import as_text, build_engines, toolchain
+
+        print(as_text(build_engines(student, toolchain(tensorrt, target))))
 
 
 @app.command()
@@ -192,6 +215,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="port to listen on; 0 takes a free one (8000)")] = None,
     backend: Annotated[str | None, typer.Option(help="triton, or inprocess where there is no Triton (triton)")] = None,
     model_repository: Annotated[Path | None, typer.Option(help="folder of exported students (model_repository)")] = None,
+    provider: Annotated[str | None, typer.Option(help="what runs students: cpu, cuda or tensorrt (cpu)")] = None,
     keys_file: Annotated[Path | None, typer.Option(help="file of API keys; with it, requests need a key")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="any other setting, e.g. --set grace_seconds=5; --check lists them")
@@ -205,7 +229,8 @@ def serve(
 
     Examples: fewstep serve --port 8000; fewstep serve --set max_queue_seconds=5 --check
     """
-    flags = {"host": host, "port": port, "backend": backend, "model_repository": model_repository, "keys_file": keys_file}
+    flags = {"host": host, "port": port, "backend": backend, "model_repository": model_repository}
+    flags |= {"provider": provider, "keys_file": keys_file}
     with one_line_errors("triton"):
         from server.gateway.backend import BackendError
         from server.gateway.keys import KeyStore

@@ -86,6 +86,23 @@ def bench_sessions(
         run(model_repository, student, rounds)
 
 
+@bench.command("gpu")
+def bench_gpu(
+    provider: Annotated[str, typer.Option(help="cuda or tensorrt")] = "tensorrt",
+    runs: Annotated[int, typer.Option(min=3, help="measured pictures for each NFE count, and NFEs of each batch")] = 30,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+) -> None:
+    """A student on the GPU at hand: how far from the processor's pixels, milliseconds per NFE, and the floor below them.
+
+    Example: fewstep bench gpu --provider tensorrt --runs 30
+    """
+    with one_line_errors("gpu"):
+        from benchmarks.gpu import run
+
+        run(model_repository, student, provider, runs)
+
+
 @bench.command("encoders")
 def bench_encoders(
     rounds: Annotated[int, typer.Option(min=1, help="interleaved repetitions of everything")] = 15,

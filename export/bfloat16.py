@@ -24,7 +24,7 @@ def widened_student(student: ExportedStudent) -> ExportedStudent:
                 files[weights_of(file)] = widened_weights(model, files[weights_of(file)])
             files[file] = widened(model).SerializeToString()
             precisions[graph] = "fp32"
-    return ExportedStudent(student.manifest.model_copy(update={"precision": precisions}), files)
+    return ExportedStudent(student.manifest.model_copy(update={"precision": precisions}), files, student.folder)
 
 
 def widened_weights(model: onnx.ModelProto, weights: Contents) -> bytearray:

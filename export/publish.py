@@ -5,7 +5,7 @@ import errno
 import hashlib
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from export.precision import ALL_FP32, in_precision, refuse_half_vae, refuse_ove
 from export.report import GraphFile, Report, write_report
 from export.sampler_table import Row, sampler_table
 from export.student_graphs import MAX_BATCH, example_shape, student_graphs
+from export.tensorrt import Built, Toolchain, build_engines
 from export.verify import Form, Forms, verify
 from server.engine.errors import NumericalError
 from server.engine.student import GRAPHS, STAGES, GraphName, Precision, StudentManifest, weights_of
@@ -47,13 +48,15 @@ def export_student(
     dry_run: bool = False,
     decoder: Decoder = "full",
     precisions: Mapping[GraphName, Precision] = ALL_FP32,
+    tensorrt: Toolchain | None = None,
 ) -> tuple[Path, Report]:
     """Exports the student in `folder` and publishes it as `repository/<name>`; returns that path and what was proven.
 
     decoder: full, or tiny for the AutoencoderTiny in `folder/vae_tiny`, published as `<name>-tiny`. precisions: of the weights
-    and the arithmetic of each graph. A dry run does all the same but publish, and leaves `repository` alone. Raises ValueError
-    for a folder that is no student and for a stage that cannot have its precision, and ExportRefused when a check fails or the
-    files cannot be written: then nothing changes.
+    and the arithmetic of each graph. tensorrt: builds engines too; those of the student that is there already are kept where
+    they are the same. A dry run does all the same but publish, and leaves `repository` alone. Raises ValueError for a folder
+    that is no student and for a stage that cannot have its precision, and ExportRefused when a check fails or the files cannot
+    be written: then nothing changes.
     """
     student = load_student(folder)
     vae = student.pipeline.vae if decoder == "full" else open_tiny_decoder(folder)
@@ -64,7 +67,8 @@ def export_student(
             repository.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=None if dry_run else repository, prefix=".export-") as temporary:
             built, target = Path(temporary) / name, repository / name
-            report = build(student, vae, built, precisions)
+            engines = (lambda: build_engines(built, tensorrt, target)) if tensorrt else list
+            report = build(student, vae, built, precisions, engines)
             if failed := [check for check in report.checks if not check.passed]:
                 lines = "; ".join(f"{check.what}: {check.error:.3g} > {check.tolerance:.3g}" for check in failed)
                 raise ExportRefused(f"nothing was published, the graphs differ from PyTorch: {lines}")
@@ -93,8 +97,14 @@ def open_tiny_decoder(folder: Path) -> AutoencoderTiny:
     return AutoencoderTiny.from_pretrained(folder / TINY, torch_dtype=torch.float32, use_safetensors=True).eval()
 
 
-def build(student: Student, vae: Any, folder: Path, precisions: Mapping[GraphName, Precision] = ALL_FP32) -> Report:
-    """Writes the whole exported student into `folder`, checks it, and reports beside it."""
+def build(
+    student: Student,
+    vae: Any,
+    folder: Path,
+    precisions: Mapping[GraphName, Precision],
+    engines: Callable[[], list[Built]],
+) -> Report:
+    """Writes the whole exported student into `folder`, checks it, and reports beside it. engines: builds them there."""
     begin = time.perf_counter()
     version, tables = folder / "1", sampler_tables(student)
     version.mkdir(parents=True)
@@ -107,8 +117,10 @@ def build(student: Student, vae: Any, folder: Path, precisions: Mapping[GraphNam
     (version / "model.py").write_text(MODEL_PY)
     (folder / "config.pbtxt").write_text(triton_config(manifest))
     proof = verify(forms, folder)
+    engine = {built.plan.recipe.graph: built.in_words() for built in engines()}
     files = tuple(
-        GraphFile(graph, manifest.precision[graph], bytes_of(version / f"{graph}.onnx"), seconds[graph]) for graph in GRAPHS
+        GraphFile(graph, manifest.precision[graph], bytes_of(version / f"{graph}.onnx"), seconds[graph], engine.get(graph))
+        for graph in GRAPHS
     )
     report = Report(manifest, files, proof.checks, time.perf_counter() - begin)
     write_report(report, proof, folder)

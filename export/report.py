@@ -25,12 +25,13 @@ MARGIN, LINE, WIDEST = 8, 16, 256  # of the picture, in pixels; larger pictures 
 
 @dataclass(frozen=True)
 class GraphFile:
-    """One exported graph: bytes of its file, and seconds that tracing and writing took."""
+    """One exported graph: bytes of its file, seconds that tracing and writing took, and its TensorRT engine in words."""
 
     name: str
     precision: str
     bytes: int
     seconds: float
+    engine: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,20 @@ class Report:
 
     def rows(self) -> list[list[str]]:
         """The table: a row per graph, and one for the three together against diffusers."""
-        rows = [["graph", "precision", "size", "seconds", "largest error", "mean error", "against float32", "rows of a batch"]]
+        errors_said = ["largest error", "mean error", "against float32"]
+        rows = [["graph", "precision", "size", "seconds", *errors_said, "rows of a batch", "engine"]]
         for graph in self.graphs:
             eager = [check for check in self.checks if check.graph == graph.name and check.against == "eager"]
             half = [check for check in self.checks if check.graph == graph.name and check.against == "float32"]
             itself = [check for check in self.checks if check.graph == graph.name and check.against == "itself"]
             alike = "bit-identical" if all(check.error == 0 for check in itself) else "differ"
             size, seconds = readable_size(graph.bytes), f"{graph.seconds:.1f}"
-            rows.append([graph.name, graph.precision, size, seconds, *errors(eager), *errors(half)[:1], alike])
+            row = [graph.name, graph.precision, size, seconds, *errors(eager), *errors(half)[:1], alike, graph.engine or "none"]
+            rows.append(row)
         whole = [check for check in self.checks if check.against == "diffusers" and not check.levels]
         half = [check for check in self.checks if check.against == "float32" and check.graph is None and check.levels]
         total = readable_size(sum(graph.bytes for graph in self.graphs))
-        return [*rows, ["all, against diffusers", "", total, f"{self.seconds:.1f}", *errors(whole), *errors(half)[:1], ""]]
+        return [*rows, ["all, against diffusers", "", total, f"{self.seconds:.1f}", *errors(whole), *errors(half)[:1], "", ""]]
 
     def as_text(self) -> str:
         """The table and the checks, for a terminal."""

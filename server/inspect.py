@@ -7,21 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from server.engine.engine import Engine
+from server.engine.engine_plan import FOLDER, EngineManifest, built_by, fits, read_engines, read_plan
 from server.engine.errors import StudentError
 from server.engine.student import GRAPHS, MEND, ExportedStudent, StudentManifest, open_student, read
 from server.engine.triton_config import MODEL_PY, triton_config
 from server.table import aligned, readable_size
 
 REPORT = ("report.json", "report.md", "report.png")  # what `fewstep export` leaves beside the student, for people
-GENERATED = ("student.json", "model.py", "__pycache__")  # the last is Triton's
+GENERATED = ("student.json", "model.py", FOLDER, "__pycache__")  # the last is Triton's
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A verified student. report: the exporter's report.json, if there is one; fingerprint: this machine's."""
+    """A verified student. engines: those of TensorRT; report: the exporter's report.json, if there is one; fingerprint: this
+    machine's."""
 
     folder: Path
     student: ExportedStudent
+    engines: EngineManifest
     report: dict[str, Any] | None
     fingerprint: str
     fingerprint_parts: dict[str, str]
@@ -38,7 +41,7 @@ class Inspection:
                 for name, contents in files.items()
             ],
             "bytes": sum(map(len, files.values())),
-            "engines": [],
+            "engines": [plan.model_dump(mode="json") | {"verified": True} for plan in self.engines.engines],
             "report": self.report,
             "fingerprint": self.fingerprint,
             "fingerprint_parts": self.fingerprint_parts,
@@ -56,8 +59,17 @@ def inspect(folder: Path) -> Inspection:
     student = open_student(folder)
     check_generated(folder, student.manifest)
     check_known(folder, student.manifest)
-    engine = Engine.of(student)
-    return Inspection(folder, student, read_report(folder, student.manifest), engine.fingerprint, engine.fingerprint_parts)
+    engines = verified_engines(folder / "1", student.manifest)
+    engine, report = Engine.of(student), read_report(folder, student.manifest)
+    return Inspection(folder, student, engines, report, engine.fingerprint, engine.fingerprint_parts)
+
+
+def verified_engines(version: Path, student: StudentManifest) -> EngineManifest:
+    """The TensorRT engines; raises StudentError when one is damaged, another student's, or in no manifest."""
+    engines = read_engines(version, student)
+    for plan in engines.engines:
+        read_plan(version, plan)
+    return engines
 
 
 def check_folder(folder: Path) -> None:
@@ -129,13 +141,26 @@ def as_text(inspection: Inspection) -> str:
         ("", "next = c0 * latents + c1 * x0 + c2 * x0_prev"),
     ]
     machine = [
-        ("engines", "none; the graphs run on onnxruntime"),
+        *labelled("engines", engine_lines(inspection.engines)),
         ("report", proof),
         ("fingerprint", f"{inspection.fingerprint} (on this machine)"),
         *labelled("of", aligned([(name, part) for name, part in inspection.fingerprint_parts.items()])),
     ]
     parts = (aligned(facts), tables(manifest), sizes(manifest), files(inspection.student), aligned(machine))
     return "\n\n".join("\n".join(part) for part in parts)
+
+
+def engine_lines(engines: EngineManifest) -> list[str]:
+    """A line per engine, and which GPUs they fit."""
+    if not engines.engines:
+        return ["none; the graphs run on onnxruntime"]
+    rows = [
+        (plan.recipe.graph, plan.precision, readable_size(plan.bytes), built_by(plan.recipe), ", ".join(plan.recipe.targets))
+        for plan in engines.engines
+    ]
+    head = ("graph", "precision", "size", "built by", "for compute capability")
+    gpus = dict.fromkeys(gpu for plan in engines.engines for gpu in fits(plan.recipe))
+    return [*aligned([head, *rows], right={2}), f"these are GPUs such as {'; '.join(gpus)}"]
 
 
 def labelled(label: str, lines: list[str]) -> list[tuple[str, str]]:

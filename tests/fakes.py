@@ -1,15 +1,20 @@
-"""An engine whose networks are a few lines of numpy and whose clock moves only when they run."""
+"""An engine whose networks are a few lines of numpy and whose clock moves only when they run, and a device of numpy memory."""
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from server.engine.device_runtime import Array, Program, Work
 from server.engine.engine import Engine, Pixels, Request, Result
 from server.engine.errors import EngineError
-from server.engine.session import Tensors
-from server.engine.student import open_student
+from server.engine.onnx_program import OnnxProgram
+from server.engine.session import PROVIDER, Tensors, open_graph
+from server.engine.student import Contents, open_student
 from server.engine.text import TextEncoder
 
 NFE_SECONDS, DECODE_SECONDS = 1.0, 2.0
@@ -99,6 +104,97 @@ def fake_engine(tiny: Path, clock: FakeClock, max_batch: int = 4, fixed_batch: i
     text = TextEncoder.of(student, sessions["text_encoder"])
     tables = {nfe: np.array(manifest.tables[str(nfe)], np.float32) for nfe in manifest.nfe}
     return FakeEngine(manifest, text, sessions, "fp_fake", {}, tables, fixed_batch)
+
+
+class FakeRuntime:
+    """A device whose memory is numpy's and whose launches run the graph on onnxruntime. A "plan" is the graph itself.
+
+    It fails where a GPU would be slow or wrong: memory asked for when the first request has come, a copy over the bus that is
+    larger than `at_most`, an address nobody was given, a launch that was not prepared by running once.
+    """
+
+    device, name, capability = "cuda:0", "Fake", "8.9"
+
+    def __init__(self) -> None:
+        self.memory: dict[int, np.ndarray] = {}
+        self.ran: set[int] = set()
+        self.launches = 0
+        self.captured = 0
+        self.bus: list[tuple[str, int]] = []
+        self.limit: int | None = None
+        self.on_launch: list[Exception] = []
+
+    def allocate(self, size: int) -> int:
+        assert not self.launches, "memory was asked for after the warm-up"
+        block = np.zeros(size, np.uint8)
+        self.memory[block.ctypes.data] = block
+        return block.ctypes.data
+
+    def copy_in(self, address: int, array: Array) -> None:
+        self.over_the_bus("in", array.nbytes)
+        self.copy(address, array.ctypes.data, array.nbytes, known=(address,))
+
+    def copy_out(self, array: Array, address: int) -> None:
+        self.over_the_bus("out", array.nbytes)
+        self.copy(array.ctypes.data, address, array.nbytes, known=(address,))
+
+    def copy(self, target: int, source: int, size: int, known: tuple[int, ...] | None = None) -> None:
+        for address in (target, source) if known is None else known:
+            assert any(start <= address and address + size <= start + len(block) for start, block in self.memory.items())
+        ctypes.memmove(target, source, size)
+
+    def over_the_bus(self, way: str, size: int) -> None:
+        assert self.limit is None or size <= self.limit, f"{size} bytes went {way} between two NFEs"
+        self.bus.append((way, size))
+
+    @contextmanager
+    def at_most(self, size: int) -> Iterator[None]:
+        """Copies between host and device are at most so large, each."""
+        self.limit = size
+        yield
+        self.limit = None
+
+    def capture(self, work: Work) -> Work:
+        assert id(work) in self.ran, "captured before it ran once"
+        self.captured += 1
+
+        def launch() -> None:
+            self.launches += 1
+            if self.on_launch:
+                raise self.on_launch.pop()
+            work()
+
+        return launch
+
+    def wait(self) -> None:
+        pass
+
+    def load_onnx(self, graph: str, contents: Contents, weights: Contents | None) -> Program:
+        return FakeProgram(self, graph, contents, weights, capturable=False)
+
+    def load_plan(self, graph: str, plan: bytes, package: str) -> Program:
+        return FakeProgram(self, graph, plan, None, capturable=True)
+
+
+class FakeProgram(OnnxProgram):
+    """The real I/O binding, on the addresses of numpy's memory."""
+
+    def __init__(
+        self, runtime: FakeRuntime, graph: str, contents: Contents, weights: Contents | None, capturable: bool
+    ) -> None:
+        super().__init__(graph, open_graph(graph, contents, weights, [PROVIDER]), "cpu")
+        self.runtime, self.capturable = runtime, capturable
+        self.kept: list[Work] = []
+
+    def bind(self, tensors: Any) -> Work:
+        run = super().bind(tensors)
+
+        def work() -> None:
+            run()
+            self.runtime.ran.add(id(work))
+
+        self.kept.append(work)  # so that no other work gets its id
+        return work
 
 
 class Recorder:

@@ -21,6 +21,7 @@ from export.graphs import Graph
 from export.onnx import halve_weights
 from export.publish import ExportRefused, export_student
 from export.report import Report, side_by_side
+from export.tensorrt import toolchain
 from export.verify import Check, Pictures, Trajectory, compare_graph
 from fewstep import app
 from server.engine.engine import Engine, Request
@@ -54,7 +55,7 @@ def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def published(student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
-    return export_student(student_folder, tmp_path_factory.mktemp("repository"))
+    return export_student(student_folder, tmp_path_factory.mktemp("repository"), tensorrt=toolchain("rtx", "8.9"))
 
 
 @pytest.mark.slow
@@ -72,10 +73,26 @@ def test_the_published_folder_is_whole_and_small(published: tuple[Path, Report])
     folder, _ = published
     names = {file.name for file in (folder / "1").iterdir()}
     assert {file.name for file in folder.iterdir()} == {"1", "config.pbtxt", "report.json", "report.md", "report.png"}
-    assert names == {"model.py", "student.json", "text_encoder.onnx", "student_step.onnx", "vae_decoder.onnx", "tokenizer.json"}
+    assert names == {
+        "model.py",
+        "student.json",
+        "text_encoder.onnx",
+        "student_step.onnx",
+        "vae_decoder.onnx",
+        "tokenizer.json",
+        "engines",
+    }
     assert "decoupled" in (folder / "config.pbtxt").read_text()
     StudentManifest.model_validate(json.loads((folder / "1" / "student.json").read_text()))
-    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 20e6
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.suffix != ".plan") < 20e6
+
+
+@pytest.mark.slow
+def test_every_graph_s_engine_is_in_the_table(published: tuple[Path, Report]) -> None:
+    head, *rows = published[1].rows()
+    cells = [row[head.index("engine")] for row in rows]
+    assert len([cell for cell in cells if cell.startswith("fp32, ") and cell.endswith("tensorrt_rtx for 8.9")]) == len(GRAPHS)
+    assert cells[0] in (published[0] / "report.md").read_text()
 
 
 @pytest.mark.slow
@@ -156,7 +173,7 @@ def test_a_dry_run_builds_and_proves_but_leaves_the_repository_alone(
 ) -> None:
     built: list[Path] = []
 
-    def quick_build(student: object, vae: object, folder: Path, precisions: object) -> Report:
+    def quick_build(student: object, vae: object, folder: Path, precisions: object, engines: object) -> Report:
         folder.mkdir()
         built.append(folder)
         return published[1]

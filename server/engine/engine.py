@@ -13,16 +13,18 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from server.engine.device_runtime import DeviceRuntime
+from server.engine.device_step import DeviceStep, Place
 from server.engine.errors import InvalidRequest, NumericalError
 from server.engine.fingerprint import fingerprint, fingerprint_parts
 from server.engine.noise import initial_latents
-from server.engine.session import OnnxSession, Session, refuse_bf16
-from server.engine.student import GRAPHS, ExportedStudent, StudentManifest, open_student, weights_of
+from server.engine.provider import Provider, open_sessions, provider_asked_for
+from server.engine.session import Session
+from server.engine.shapes import DECODE_BATCH, NFE_BATCH
+from server.engine.student import ExportedStudent, StudentManifest, open_student
 from server.engine.text import Text, TextEncoder
 
-# Taking turns, four decodes make room for sixteen rows of a 4-NFE ladder. Half of both bring 5 % fewer images/s, and 1-NFE
-# requests a p99 that is a fifth lower: benchmarks/results/LOG.md.
-NFE_BATCH, DECODE_BATCH = 16, 4
+NOT_FINITE = "the student's output is not finite: no image was made"
 Determinism = Literal["strict", "fast"]
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8]
@@ -54,7 +56,11 @@ class Span:
 
 @dataclass
 class Progress:
-    """A request under way. Arrays have a batch dimension of 1; table [nfe, 4] float32."""
+    """A request under way. Arrays have a batch dimension of 1; table [nfe, 4] float32.
+
+    place: where its latents and x0 are while they stay on a device. `latents` and `x0` are then older: they are renewed by
+    the last NFE, and by those after which x0 is to be shown.
+    """
 
     request: Request
     table: Floats
@@ -63,11 +69,17 @@ class Progress:
     x0: Floats
     spans: list[Span]
     step: int = 0
+    place: Place | None = None
 
     @property
     def remaining(self) -> int:
         """NFEs still to run."""
         return self.request.nfe - self.step
+
+    @property
+    def shown_next(self) -> bool:
+        """Whether the outcome of the coming NFE is decoded."""
+        return self.remaining == 1 or self.step + 1 in self.request.previews
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ class Engine:
     """A student ready to run. `prepare` may be called from any thread, everything else by one thread at a time.
 
     fixed_batch: pads every student_step to this many rows, so that every call has one shape (see batch_policy); nfe_batch:
-    the most rows otherwise.
+    the most rows otherwise; device: what its sessions run on, as locks name it.
     """
 
     manifest: StudentManifest
@@ -102,27 +114,32 @@ class Engine:
     tables: dict[int, Floats] = field(repr=False)
     fixed_batch: int | None = None
     nfe_batch: int = NFE_BATCH
+    device: str = "cpu"
     buffers: dict[str, npt.NDArray[Any]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, folder: Path, determinism: Determinism = "strict") -> "Engine":
+    def open(cls, folder: Path, determinism: Determinism = "strict", provider: Provider | None = None) -> "Engine":
         """Opens and verifies the student in `folder`; raises StudentError."""
-        return cls.of(open_student(folder), determinism)
+        return cls.of(open_student(folder), determinism, provider)
 
     @classmethod
-    def of(cls, student: ExportedStudent, determinism: Determinism = "strict") -> "Engine":
-        """Builds the sessions of a verified student; raises StudentError."""
-        manifest, files = student.manifest, student.files
-        refuse_bf16(manifest.precision)
-        sessions: dict[str, Session] = {
-            graph: OnnxSession(graph, files[f"{graph}.onnx"], manifest.tensors(graph), files.get(weights_of(f"{graph}.onnx")))
-            for graph in GRAPHS
-        }
+    def of(
+        cls,
+        student: ExportedStudent,
+        determinism: Determinism = "strict",
+        provider: Provider | None = None,
+        runtime: DeviceRuntime | None = None,
+    ) -> "Engine":
+        """Builds the sessions of a verified student; raises StudentError. provider: without one, what $FEWSTEP_PROVIDER says;
+        runtime: without one, CUDA, where the provider wants a device."""
+        manifest = student.manifest
+        opened = open_sessions(student, provider or provider_asked_for(), determinism == "strict", runtime)
+        sessions = opened.by_graph
         tables = {nfe: np.array(manifest.tables[str(nfe)], np.float32) for nfe in manifest.nfe}
         text_encoder = TextEncoder.of(student, sessions["text_encoder"])
         policy, fixed_batch = batch_policy(list(sessions.values()), determinism, manifest.max_batch)
-        parts = fingerprint_parts(manifest, policy)
-        return cls(manifest, text_encoder, sessions, fingerprint(parts), parts, tables, fixed_batch)
+        parts = fingerprint_parts(manifest, policy, opened.identity)
+        return cls(manifest, text_encoder, sessions, fingerprint(parts), parts, tables, fixed_batch, device=opened.device)
 
     @property
     def max_batch(self) -> int:
@@ -164,19 +181,23 @@ class Engine:
         """
         assert 0 < len(batch) <= self.max_batch
         assert len({member.latents.shape for member in batch}) == 1
-        rows = np.stack([member.table[member.step] for member in batch])
-        inputs = {
-            "latents": self.gather("latents", [member.latents for member in batch]),
-            "x0_prev": self.gather("x0_prev", [member.x0 for member in batch]),
-            "timestep": self.gather("timestep", list(rows[:, :1])),
-            "coefficients": self.gather("coefficients", list(rows[:, None, 1:])),
+        table = np.stack([member.table[member.step] for member in batch])
+        rows = {
+            "latents": [member.latents for member in batch],
+            "x0_prev": [member.x0 for member in batch],
+            "timestep": list(table[:, :1]),
+            "coefficients": list(table[:, None, 1:]),
         }
         if self.manifest.k_conditioning:
-            inputs["nfe"] = self.gather("nfe", [np.array([member.request.nfe], np.int64) for member in batch])
+            rows["nfe"] = [np.array([member.request.nfe], np.int64) for member in batch]
         for name in self.manifest.conditions:
-            inputs[name] = self.gather(name, [member.text.conditions[name] for member in batch])
+            rows[name] = [member.text.conditions[name] for member in batch]
+        session = self.sessions["student_step"]
+        if isinstance(session, DeviceStep):
+            return self.step_on_device(session, batch, rows)
+        inputs = {name: self.gather(name, arrays) for name, arrays in rows.items()}
         begin = time.perf_counter_ns()
-        outputs = self.sessions["student_step"].run(inputs)
+        outputs = session.run(inputs)
         nanoseconds = time.perf_counter_ns() - begin
         expected = inputs["latents"].shape
         if [output.shape for output in outputs] != [expected, expected]:
@@ -187,7 +208,26 @@ class Engine:
                 member.latents, member.x0 = (output[row : row + 1] for output in outputs)
                 member.step += 1
                 member.spans.append(Span(f"nfe{member.step}", begin, nanoseconds, len(batch)))
-        return [None if ok else NumericalError("the student's output is not finite: no image was made") for ok in finite]
+        return [None if ok else NumericalError(NOT_FINITE) for ok in finite]
+
+    def step_on_device(
+        self, session: DeviceStep, batch: Sequence[Progress], rows: dict[str, list[npt.NDArray[Any]]]
+    ) -> list[NumericalError | None]:
+        """`step` where latents and x0 stay on the device but for those that are decoded next, which alone are looked at."""
+        places, wanted = [member.place for member in batch], [member.shown_next for member in batch]
+        begin = time.perf_counter_ns()
+        outcome = session.step(rows, places, wanted, self.fixed_batch or len(batch))
+        nanoseconds = time.perf_counter_ns() - begin
+        errors: list[NumericalError | None] = []
+        for member, new in zip(batch, outcome, strict=True):
+            finite = new.host is None or all(np.isfinite(array).all() for array in new.host)
+            errors.append(None if finite else NumericalError(NOT_FINITE))
+            if finite:
+                member.latents, member.x0 = new.host or (member.latents, member.x0)
+                member.step += 1
+                member.place = new.place if member.remaining else None
+                member.spans.append(Span(f"nfe{member.step}", begin, nanoseconds, len(batch)))
+        return errors
 
     def decode(self, size: str, latents: Sequence[Floats]) -> list[Pixels]:
         """Latents [1, ...] each, last ones or x0 on the way -> uint8 [H, W, 3] each, of videos [F, H, W, 3].

@@ -7,10 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
-
 from server.engine.noise import RNG_VERSION
-from server.engine.session import OPTIMISATION_LEVEL, PROVIDER
 from server.engine.student import StudentManifest
 
 # onnxruntime chooses its kernels by these, and kernels differ in the last bits.
@@ -22,8 +19,9 @@ def fingerprint(parts: dict[str, str]) -> str:
     return "fp_" + digest(parts)[:32]
 
 
-def fingerprint_parts(manifest: StudentManifest, batch_policy: str) -> dict[str, str]:
-    """Everything that decides the pixels, by name, so that two fingerprints can be compared by a person.
+def fingerprint_parts(manifest: StudentManifest, batch_policy: str, runtime: dict[str, str]) -> dict[str, str]:
+    """Everything that decides the pixels, by name, so that two fingerprints can be compared by a person. runtime: what runs
+    the graphs, and on what.
 
     The number of threads is not among it: `fewstep bench sessions` and a test show that it changes no bit.
     """
@@ -34,13 +32,10 @@ def fingerprint_parts(manifest: StudentManifest, batch_policy: str) -> dict[str,
         "tables": digest(manifest.tables)[:16],
         "settings": digest(settings)[:16],
         "precision": ", ".join(f"{graph} {precision}" for graph, precision in sorted(manifest.precision.items())),
-        "provider": PROVIDER,
-        "onnxruntime": ort.__version__,
-        "optimisation_level": OPTIMISATION_LEVEL,
+        **runtime,
         "batch_policy": batch_policy,
         "rng": RNG_VERSION,
         "tokenizers": importlib.metadata.version("tokenizers"),
-        "device": device_class(),
     }
 
 

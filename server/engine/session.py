@@ -3,7 +3,7 @@
 import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +19,6 @@ Tensors = dict[str, npt.NDArray[Any]]
 # The optimisation level changes the last bits of a float32, so it is pinned, and it belongs to the fingerprint.
 OPTIMISATION_LEVEL = "all"
 PROVIDER = "CPUExecutionProvider"
-DEVICE = "cpu"
 DEFAULT_CPU_THREADS = min(max((os.cpu_count() or 1) // 2, 1), 4)
 THREADS_VARIABLE = "FEWSTEP_CPU_THREADS"
 LOG_FATAL_ONLY = 4  # every error is raised as well, and one line is enough
@@ -56,22 +55,30 @@ class OnnxSession:
     def __init__(self, graph: str, contents: Contents, tensors: GraphTensors, weights: Contents | None = None) -> None:
         """weights: of the file beside it, where the manifest lists one. Raises StudentError when `contents` reaches for any
         other file, is refused, or has other tensors than expected."""
-        share_threads()
-        file = f"{graph}.onnx"
-        check_external_data(file, contents, weights_of(file), None if weights is None else len(weights))
-        options = session_options()
-        if weights is not None:  # the bytes that were verified, by the name that the graph has for them
-            options.add_external_initializers_from_files_in_memory([weights_of(file)], [weights], [len(weights)])
-        try:
-            self.session = ort.InferenceSession(bytes(contents), options, providers=[PROVIDER])
-        except Exception as error:  # onnxruntime's exceptions share no public base class
-            raise StudentError(f"{graph}.onnx: onnxruntime refuses it: {first_line(error)}; export the student again") from None
+        self.session = open_graph(graph, contents, weights, [PROVIDER])
         self.outputs = list(tensors.outputs)
         check_names(graph, "inputs", tensors.inputs, [node.name for node in self.session.get_inputs()])
         check_names(graph, "outputs", tensors.outputs, [node.name for node in self.session.get_outputs()])
 
     def run(self, tensors: Tensors) -> list[npt.NDArray[Any]]:
         return [np.asarray(output) for output in self.session.run(self.outputs, tensors)]
+
+
+def open_graph(
+    graph: str, contents: Contents, weights: Contents | None, providers: Sequence[str | tuple[str, dict[str, str]]]
+) -> ort.InferenceSession:
+    """A graph as onnxruntime runs it; weights: of the file beside it, where the manifest lists one. Raises StudentError when it
+    reaches for any other file or is refused."""
+    share_threads()
+    file = f"{graph}.onnx"
+    check_external_data(file, contents, weights_of(file), None if weights is None else len(weights))
+    options = session_options()
+    if weights is not None:  # the bytes that were verified, by the name that the graph has for them
+        options.add_external_initializers_from_files_in_memory([weights_of(file)], [weights], [len(weights)])
+    try:
+        return ort.InferenceSession(bytes(contents), options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions share no public base class
+        raise StudentError(f"{graph}.onnx: onnxruntime refuses it: {first_line(error)}; export the student again") from None
 
 
 def cpu_threads() -> int:

@@ -157,11 +157,12 @@ def token_tensors(place: int, tokenizer: TokenizerSettings) -> list[str]:
 
 @dataclass(frozen=True)
 class ExportedStudent:
-    """A verified student: its manifest and the bytes whose digests were checked (never read a second time); large weights
-    stay in their files, mapped into memory."""
+    """A verified student: its manifest, the bytes whose digests were checked (never read a second time; large weights stay in
+    their files, mapped into memory), and its folder."""
 
     manifest: StudentManifest
     files: Mapping[str, Contents]
+    folder: Path
 
 
 def open_student(folder: Path) -> ExportedStudent:
@@ -171,12 +172,8 @@ def open_student(folder: Path) -> ExportedStudent:
     if manifest.name != folder.name:
         raise StudentError(f"{folder}: its manifest is named {manifest.name!r}; rename the folder, or {MEND}")
     read(version / "model.py")  # Triton needs it, and says less well that it is missing
-    opened = {
-        name: map_file(version / name) if name.endswith(".data") else read(version / name) for name in manifest.file_names
-    }
-    for name, contents in opened.items():
-        verify(version / name, contents, manifest.files[name])
-    return ExportedStudent(manifest, opened)
+    files = {name: open_verified(version / name, manifest.files[name]) for name in manifest.file_names}
+    return ExportedStudent(manifest, files, folder)
 
 
 def read_manifest(path: Path) -> StudentManifest:
@@ -189,11 +186,14 @@ def read_manifest(path: Path) -> StudentManifest:
         raise StudentError(f"{path}: {where}: {first['msg']}; {MEND}") from None
 
 
-def verify(path: Path, contents: Contents, sha256: str) -> None:
-    """Raises StudentError when the bytes of `path` are not those the manifest promises."""
-    actual = hashlib.sha256(contents).hexdigest()
+def open_verified(path: Path, sha256: str, mend: str = MEND) -> Contents:
+    """The bytes of `path`, of large weights mapped into memory; raises StudentError when they are not those that the manifest
+    promises."""
+    contents = map_file(path) if path.suffix == ".data" else read(path, mend)
+    actual = sha256_of(contents)
     if actual != sha256:
-        raise StudentError(f"{path}: sha256 is {actual[:12]}… ({len(contents)} bytes), expected {sha256[:12]}…; {MEND}")
+        raise StudentError(f"{path}: sha256 is {actual[:12]}… ({len(contents)} bytes), expected {sha256[:12]}…; {mend}")
+    return contents
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -213,14 +213,18 @@ def map_file(path: Path) -> mmap.mmap:
         raise StudentError(f"{path} cannot be read, or is a link: {error}; {MEND}") from None
 
 
-def read(path: Path) -> bytes:
+def sha256_of(contents: Contents) -> str:
+    return hashlib.sha256(contents).hexdigest()
+
+
+def read(path: Path, mend: str = MEND) -> bytes:
     """The bytes of `path`; raises StudentError when it cannot be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise StudentError(f"{path} is missing; {MEND}") from None
+        raise StudentError(f"{path} is missing; {mend}") from None
     except OSError as error:
-        raise StudentError(f"{path} cannot be read: {error.strerror}; {MEND}") from None
+        raise StudentError(f"{path} cannot be read: {error.strerror}; {mend}") from None
 
 
 def student_folders(repository: Path) -> dict[str, Path]:

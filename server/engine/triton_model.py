@@ -20,7 +20,6 @@ from server.engine.device import DeviceLock, priority_of
 from server.engine.engine import Determinism, Engine, Pixels, Request, Result
 from server.engine.errors import Cancelled, EngineError, StudentError, to_wire
 from server.engine.scheduler import Scheduler
-from server.engine.session import DEVICE
 from server.engine.triton_metrics import TritonMetrics
 
 logger = logging.getLogger("fewstep")
@@ -35,7 +34,7 @@ class TritonPythonModel:
         engine = Engine.open(version.parent, determinism())
         check_config(json.loads(args["model_config"]), engine.manifest.digest())
         self.metrics = TritonMetrics(engine.manifest.name)
-        self.scheduler = Scheduler(engine, DeviceLock(DEVICE, priority_of(engine.manifest.media_type)), self.metrics)
+        self.scheduler = Scheduler(engine, DeviceLock(engine.device, priority_of(engine.manifest.media_type)), self.metrics)
         self.thread = self.scheduler.start()
         gc.freeze()  # what is here now stays, and need not be looked through while requests wait
         # Calls into Triton's process take tenths of a millisecond, in which the device would wait.

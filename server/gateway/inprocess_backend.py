@@ -12,7 +12,6 @@ from server.engine.errors import EngineError, StudentError
 from server.engine.exposition import exposition
 from server.engine.metrics import MemoryMetrics
 from server.engine.scheduler import Scheduler
-from server.engine.session import DEVICE
 from server.engine.student import student_folders
 from server.engine.triton_config import student_parameters
 from server.gateway.backend import BackendFailed, BackendFault, BackendImage, ImageRequest, OnPreview, Span, StudentCard
@@ -34,7 +33,7 @@ class InProcessBackend:
             for name, folder in student_folders(self.repository).items():
                 engine = await asyncio.to_thread(Engine.open, folder, self.determinism)
                 self.metrics[name] = MemoryMetrics()
-                lock = DeviceLock(DEVICE, priority_of(engine.manifest.media_type))
+                lock = DeviceLock(engine.device, priority_of(engine.manifest.media_type))
                 self.schedulers[name] = Scheduler(engine, lock, self.metrics[name])
                 self.threads.append(self.schedulers[name].start())
         except StudentError as error:

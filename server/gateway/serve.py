@@ -29,7 +29,8 @@ def serve(settings: Settings) -> None:
 def open_backend(settings: Settings) -> Backend:
     """The backend, not started. Imports only what this one needs."""
     if settings.backend == "inprocess":
-        os.environ["FEWSTEP_CPU_THREADS"] = str(settings.cpu_threads)  # the engine in this process reads it, as Triton's does
+        # The engine in this process reads them, as Triton's does.
+        os.environ |= {"FEWSTEP_CPU_THREADS": str(settings.cpu_threads), "FEWSTEP_PROVIDER": settings.provider}
         from server.gateway.inprocess_backend import InProcessBackend
 
         return InProcessBackend(settings.model_repository, settings.determinism)
@@ -38,7 +39,7 @@ def open_backend(settings: Settings) -> Backend:
     find_triton()  # first, since without the wheel there is no client to import either
     from server.gateway.triton_backend import TritonBackend
 
-    return TritonBackend(settings.model_repository, settings.determinism, settings.cpu_threads)
+    return TritonBackend(settings.model_repository, settings.determinism, settings.cpu_threads, settings.provider)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -59,6 +59,9 @@ class Settings(BaseSettings):
         "strict",
         description="where bits depend on the batch (not on CPUs): strict pads every batch to one shape, fast does not",
     )
+    provider: Literal["cpu", "cuda", "tensorrt"] = Field(
+        "cpu", description="what runs students: cpu, cuda (onnxruntime on a GPU) or tensorrt (engines by `fewstep engines`)"
+    )
     cpu_threads: int = Field(
         min(max((os.cpu_count() or 1) // 2, 1), 4),
         ge=1,

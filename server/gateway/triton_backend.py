@@ -39,9 +39,13 @@ STARTING = "the image backend is starting; send the request again"
 class TritonBackend:
     """Owns the tritonserver process, its client and the task that watches both."""
 
-    def __init__(self, repository: Path, determinism: str = "strict", cpu_threads: int = 2) -> None:
+    def __init__(self, repository: Path, determinism: str = "strict", cpu_threads: int = 2, provider: str = "cpu") -> None:
         self.repository = repository
-        self.engine = {"FEWSTEP_DETERMINISM": determinism, "FEWSTEP_CPU_THREADS": str(cpu_threads)}
+        self.engine = {
+            "FEWSTEP_DETERMINISM": determinism,
+            "FEWSTEP_CPU_THREADS": str(cpu_threads),
+            "FEWSTEP_PROVIDER": provider,
+        }
         self.students: dict[str, StudentCard] = {}
         self.server: TritonServer | None = None
         self.client: TritonClient | None = None

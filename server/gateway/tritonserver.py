@@ -98,7 +98,7 @@ class TritonServer:
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
         match = re.search(r"StudentError: ([^\n|]*)|(?:error|failed|Error)[^\n|]*: ([^\n|]+)", text)
         said = next((group for group in match.groups() if group), "") if match else ""
-        return said.strip()[:400] or f"exit status {self.process.returncode}"
+        return said.partition("\\n")[0].strip()[:400] or f"exit status {self.process.returncode}"
 
     def stop(self) -> None:
         """Ends tritonserver and its Python stubs: politely, then by force. Blocks for at most STOP_SECONDS."""
