@@ -202,10 +202,12 @@ class Recorder:
 
     def __init__(self) -> None:
         self.wanted = True
+        self.asked = 0
         self.previews: list[tuple[int, Pixels]] = []
         self.answers: list[Result | EngineError] = []
 
     def cancelled(self) -> bool:
+        self.asked += 1
         return not self.wanted
 
     def preview(self, step: int, image: Pixels) -> None:

@@ -201,6 +201,25 @@ def test_no_nfe_runs_after_a_cancellation_and_the_mates_go_on(tiny: Path) -> Non
     assert stage.metrics.values["fewstep_cancelled_total", (("at", "nfe1"),)] == 1
 
 
+def test_who_is_cancelled_in_the_queue_runs_no_nfe_and_their_seat_is_for_others(tiny: Path) -> None:
+    stage = Stage(tiny, max_batch=2)
+    first, gone, last = (stage.submit(seed, nfe=1) for seed in (1, 2, 3))
+    gone.wanted = False
+    stage.finish()
+    assert isinstance(gone.answer, Cancelled)
+    assert stage.steps.calls == [[1, 3]]
+    assert isinstance(first.answer, Result)
+    assert isinstance(last.answer, Result)
+    assert stage.metrics.values["fewstep_cancelled_total", (("at", "queue"),)] == 1
+
+
+def test_nobody_is_asked_whether_they_are_cancelled_but_who_would_be_worked_on(tiny: Path) -> None:
+    stage = Stage(tiny, max_batch=4)
+    sinks = [stage.submit(seed) for seed in range(1, 21)]
+    stage.scheduler.tick()
+    assert [sink.asked for sink in sinks] == [1] * 4 + [0] * 16
+
+
 def test_a_passed_deadline_stops_between_two_nfes_and_says_where(tiny: Path) -> None:
     stage = Stage(tiny)
     late = stage.submit(1, nfe=4, seconds=1.5)

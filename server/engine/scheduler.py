@@ -32,7 +32,7 @@ class Sink(Protocol):
     """Where a request's answers go. `done` or `failed` is called exactly once, always from the scheduler's thread."""
 
     def cancelled(self) -> bool:
-        """Asked between two pieces of work; True drops the request."""
+        """Asked before each piece of work on the request; True drops it."""
         ...
 
     def preview(self, step: int, image: Pixels) -> None:
@@ -144,24 +144,22 @@ class Scheduler:
         with self.news:
             arrived, self.arrivals = self.arrivals, []
         self.members += arrived
-        self.drop_unwanted()
+        self.drop_late()
         to_step = [member for member in self.members if member.progress.remaining]
         to_decode = [member for member in self.members if member.shown or not member.progress.remaining]
         if to_decode and not (to_step and self.just_decoded):
-            self.decode(self.seats(to_decode, self.engine.max_decode_batch, "decode"))
+            self.work(self.decode, self.seats(to_decode, self.engine.max_decode_batch, "decode"))
         elif to_step:
-            self.step(self.seats(to_step, self.engine.max_batch, "step"))
+            self.work(self.step, self.seats(to_step, self.engine.max_batch, "step"))
         counted = [member for member in self.members if member.metrics is self.metrics]
         self.metrics.set("fewstep_in_flight", len(counted))
         self.metrics.set("fewstep_queue_depth", sum(not member.progress.step for member in counted))
 
-    def drop_unwanted(self) -> None:
-        """Between two pieces of work the cancelled and the late leave."""
+    def drop_late(self) -> None:
+        """Between two pieces of work the late leave."""
         now = self.clock()
         for member in list(self.members):
-            if wants_no_more(member):
-                self.fail(member, Cancelled("the request was cancelled"))
-            elif now >= member.deadline:
+            if now >= member.deadline:
                 done = f"{member.progress.step} of {member.progress.request.nfe} NFEs"
                 self.fail(member, DeadlineExceeded(f"the deadline passed after {done}"))
 
@@ -177,6 +175,15 @@ class Scheduler:
             if self.kept[work]:
                 batch[-1] = shortest
         return batch
+
+    def work(self, work: Callable[[list[Member]], None], batch: list[Member]) -> None:
+        """Works on a batch, unless some of it are cancelled: they leave, and the next tick gives their seats to others. Nobody
+        else is asked, since asking costs Triton's processes as much as a part of an NFE."""
+        unwanted = [member for member in batch if wants_no_more(member)]
+        for member in unwanted:
+            self.fail(member, Cancelled("the request was cancelled"))
+        if not unwanted:
+            work(batch)
 
     # --- one piece of work -------------------------------------------------------------------------------------------------
 
