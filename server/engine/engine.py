@@ -33,7 +33,7 @@ Pixels = npt.NDArray[np.uint8]
 @dataclass(frozen=True)
 class Request:
     """One image of one request. seed: 0..2^64-1; size: "WxH"; previews: after which NFEs (1 .. nfe - 1) x0 is shown; probe:
-    asked by the server itself, to see whether it works."""
+    asked by the server itself, to see whether it works; who: the key that asks; keys share the device evenly."""
 
     prompt: str
     seed: int
@@ -42,6 +42,7 @@ class Request:
     size: str
     previews: tuple[int, ...] = ()
     probe: bool = False
+    who: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,8 @@
 
 Every tick does one piece of work on the device: one NFE of a batch, or one decode. Members of a batch may be at different
 steps and have different NFE counts; who arrives joins at the next NFE, who is done leaves at once. Between two pieces of
-work the cancelled and the late are dropped, and images of other students may have the device (device.py).
-
-Who goes first: the earliest deadline, then the earliest arrival. One seat of each NFE and of each decode is kept for the
-shortest request, so that a 1-NFE request never waits behind a full batch of longer ones for more than one NFE; the other seats
-go by deadline and arrival alone, so that nobody starves. NFEs and decodes take turns while both have work.
+work the late are dropped, and the cancelled among those who would be worked on; images of other students may have the device
+(device.py). Who goes first is said in seats.py. NFEs and decodes take turns while both have work.
 """
 
 import itertools
@@ -15,59 +12,15 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
 
 from server.engine.device import Device
-from server.engine.engine import Engine, Floats, Pixels, Progress, Request, Result, Span
+from server.engine.engine import Engine, Pixels, Request, Span
 from server.engine.errors import Cancelled, DeadlineExceeded, EngineError, ShuttingDown
+from server.engine.member import Member, Sink
 from server.engine.metrics import METRICS, MemoryMetrics, Metrics
+from server.engine.seats import Seats
 
 logger = logging.getLogger("fewstep")
-
-Work = Literal["step", "decode"]
-
-
-class Sink(Protocol):
-    """Where a request's answers go. `done` or `failed` is called exactly once, always from the scheduler's thread."""
-
-    def cancelled(self) -> bool:
-        """Asked before each piece of work on the request; True drops it."""
-        ...
-
-    def preview(self, step: int, image: Pixels) -> None:
-        """The x0 prediction after NFE `step`, uint8 [H, W, 3]."""
-        ...
-
-    def done(self, result: Result) -> None: ...
-
-    def failed(self, error: EngineError) -> None: ...
-
-
-@dataclass(eq=False)
-class Member:
-    """One image under way. deadline in seconds of the scheduler's clock; shown: x0 predictions that wait for the decoder."""
-
-    progress: Progress
-    sink: Sink
-    deadline: float
-    arrival: int
-    submitted: float
-    metrics: Metrics
-    shown: list[tuple[int, Floats]] = field(default_factory=list)
-
-    @property
-    def urgency(self) -> tuple[float, int]:
-        return self.deadline, self.arrival
-
-    @property
-    def length(self) -> tuple[int, int, tuple[float, int]]:
-        """The fewest NFEs left, then the fewest asked for."""
-        return self.progress.remaining, self.progress.request.nfe, self.urgency
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.progress.latents.shape
 
 
 class Scheduler:
@@ -88,7 +41,7 @@ class Scheduler:
         self.news = threading.Condition()
         self.closing = False
         self.just_decoded = False
-        self.kept: dict[Work, bool] = {"step": False, "decode": False}
+        self.step_seats, self.decode_seats = Seats(), Seats()
 
     # --- from any thread ---------------------------------------------------------------------------------------------------
 
@@ -148,9 +101,9 @@ class Scheduler:
         to_step = [member for member in self.members if member.progress.remaining]
         to_decode = [member for member in self.members if member.shown or not member.progress.remaining]
         if to_decode and not (to_step and self.just_decoded):
-            self.work(self.decode, self.seats(to_decode, self.engine.max_decode_batch, "decode"))
+            self.work(self.decode, self.decode_seats.deal(to_decode, self.engine.max_decode_batch))
         elif to_step:
-            self.work(self.step, self.seats(to_step, self.engine.max_batch, "step"))
+            self.work(self.step, self.step_seats.deal(to_step, self.engine.max_batch))
         counted = [member for member in self.members if member.metrics is self.metrics]
         self.metrics.set("fewstep_in_flight", len(counted))
         self.metrics.set("fewstep_queue_depth", sum(not member.progress.step for member in counted))
@@ -162,19 +115,6 @@ class Scheduler:
             if now >= member.deadline:
                 done = f"{member.progress.step} of {member.progress.request.nfe} NFEs"
                 self.fail(member, DeadlineExceeded(f"the deadline passed after {done}"))
-
-    def seats(self, candidates: list[Member], seats: int, work: Work) -> list[Member]:
-        """The batch: of the most urgent one's size, by urgency, with one seat kept for the shortest. Where there is only one
-        seat, it is kept every other time."""
-        candidates = sorted(candidates, key=lambda member: member.urgency)
-        candidates = [member for member in candidates if member.shape == candidates[0].shape]
-        batch = candidates[:seats]
-        if len(candidates) > seats:
-            shortest = min(candidates, key=lambda member: member.length)
-            self.kept[work] = shortest not in batch and (seats > 1 or not self.kept[work])
-            if self.kept[work]:
-                batch[-1] = shortest
-        return batch
 
     def work(self, work: Callable[[list[Member]], None], batch: list[Member]) -> None:
         """Works on a batch, unless some of it are cancelled: they leave, and the next tick gives their seats to others. Nobody

@@ -124,6 +124,7 @@ class TritonSink:
 
 def read_request(request: Any) -> tuple[Request, float | None]:
     """Triton tensors (all of shape [1]) -> Request, and how many seconds it has. Bit i of previews: after NFE i + 1."""
+    parameters = json.loads(request.parameters() or "{}")
     values = {tensor.name(): tensor.as_numpy()[0] for tensor in request.inputs()}
     asked = Request(
         prompt=values["prompt"].decode(),
@@ -132,7 +133,8 @@ def read_request(request: Any) -> tuple[Request, float | None]:
         nfe=int(values["nfe"]),
         size=values["size"].decode(),
         previews=tuple(bit + 1 for bit in range(32) if int(values["previews"]) >> bit & 1),
-        probe=bool(json.loads(request.parameters() or "{}").get("probe")),
+        probe=bool(parameters.get("probe")),
+        who=str(parameters.get("who", "")),
     )
     timeout = int(values["timeout_ms"])
     return asked, timeout / 1000 if timeout else None

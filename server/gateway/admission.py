@@ -6,7 +6,7 @@ of its batch; what is admitted and not yet done is the backlog.
 
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,10 +29,10 @@ class Cost:
 
 @dataclass(eq=False)
 class Ticket:
-    """Work of one request. deadline on the clock of time.monotonic."""
+    """Work of one request. Whole nanoseconds, whose sums never drift; deadline on the clock of time.monotonic."""
 
     who: str
-    seconds: float
+    nanoseconds: int
     deadline: float
 
 
@@ -43,25 +43,39 @@ class Admission:
         self.limit_seconds, self.key_share, self.clock = limit_seconds, key_share, clock
         self.costs: defaultdict[tuple[str, str], Cost] = defaultdict(Cost)
         self.tickets: set[Ticket] = set()
+        self.backlog: Counter[str] = Counter()  # nanoseconds by key, so that a refusal need not look at every ticket
+        self.total = 0
 
     @contextmanager
-    def admitted(self, who: str, plan: Plan, images: int) -> Iterator[None]:
+    def admitted(self, plan: Plan, images: int) -> Iterator[None]:
         """Holds room for so many images of a plan. Raises ApiError 429 or 503 at once when there is none."""
         if not images:
             yield
             return
-        ticket = Ticket(who, self.predict(plan, images), plan.deadline)
+        ticket = Ticket(plan.who, round(self.predict(plan, images) * 1e9), plan.deadline)
         self.check(ticket)
-        self.tickets.add(ticket)
+        self.take(ticket)
         try:
             yield
         finally:
-            self.tickets.remove(ticket)
+            self.give_back(ticket)
+
+    def take(self, ticket: Ticket) -> None:
+        self.tickets.add(ticket)
+        self.backlog[ticket.who] += ticket.nanoseconds
+        self.total += ticket.nanoseconds
+
+    def give_back(self, ticket: Ticket) -> None:
+        self.tickets.remove(ticket)
+        self.backlog[ticket.who] -= ticket.nanoseconds
+        self.total -= ticket.nanoseconds
+        if not self.backlog[ticket.who]:
+            del self.backlog[ticket.who]
 
     def check_room(self, who: str) -> None:
         """Raises ApiError 429 or 503 when not even the cheapest image would be let in."""
         cheapest = min((cost.nfe + cost.image for cost in self.costs.values()), default=0.0)
-        self.check(Ticket(who, cheapest, math.inf))
+        self.check(Ticket(who, round(cheapest * 1e9), math.inf))
 
     def predict(self, plan: Plan, images: int) -> float:
         """Seconds of the device."""
@@ -79,17 +93,21 @@ class Admission:
 
     def check(self, ticket: Ticket) -> None:
         """Work that is alone is always taken in, however long it is. Raises ApiError."""
-        backlog = sum(other.seconds for other in self.tickets)
-        own = sum(other.seconds for other in self.tickets if other.who == ticket.who)
+        seconds, backlog, own = ticket.nanoseconds / 1e9, self.total / 1e9, self.backlog[ticket.who] / 1e9
         share = self.key_share * self.limit_seconds
-        if self.key_share < 1 and own and own + ticket.seconds > share:
+        if self.key_share < 1 and own and own + seconds > share:
             said = f"this key has {own:.1f} s of work waiting and may have {share:.1f} s"
-            raise refusal(429, said, "queue_share", own + ticket.seconds - share)
-        if backlog and backlog + ticket.seconds > self.limit_seconds:
+            raise refusal(429, said, "queue_share", own + seconds - share)
+        if backlog and backlog + seconds > self.limit_seconds:
             said = f"the server is full: {backlog:.1f} s of work are waiting"
-            raise refusal(503, said, "overloaded", backlog + ticket.seconds - self.limit_seconds)
-        sooner = sum(other.seconds for other in self.tickets if other.deadline <= ticket.deadline)
-        late = self.clock() + sooner + ticket.seconds - ticket.deadline
+            raise refusal(503, said, "overloaded", backlog + seconds - self.limit_seconds)
+        if self.clock() + backlog + seconds > ticket.deadline:
+            self.check_deadline(ticket, seconds)
+
+    def check_deadline(self, ticket: Ticket, seconds: float) -> None:
+        """Whether what is due sooner leaves time for a ticket's `seconds`. Raises ApiError."""
+        sooner = sum(other.nanoseconds for other in self.tickets if other.deadline <= ticket.deadline) / 1e9
+        late = self.clock() + sooner + seconds - ticket.deadline
         if sooner and late > 0:
             raise refusal(503, f"the deadline would be missed by {late * 1000:.0f} ms", "deadline_unreachable", late)
 

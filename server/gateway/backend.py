@@ -53,7 +53,7 @@ class BackendFault(BackendError):
 class ImageRequest:
     """One image of one request to one student. seed: 0..2^64-1; size: "WxH"; previews: after which NFEs (1 .. nfe - 1) the
     x0 prediction is shown; timeout_ms: how long it may take, None for as long as the backend allows; probe: our own question
-    whether a student works, counted nowhere."""
+    whether a student works, counted nowhere; who: the key that asks; keys share the device evenly."""
 
     student: str
     prompt: str
@@ -64,6 +64,7 @@ class ImageRequest:
     previews: tuple[int, ...] = ()
     timeout_ms: int | None = None
     probe: bool = False
+    who: str = ""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class InProcessBackend:
         """One image; cancelling the task stops the work within one NFE."""
         begin = time.perf_counter_ns()
         answer = FutureSink(asyncio.get_running_loop(), on_preview)
-        shared = ("prompt", "seed", "image_index", "nfe", "size", "previews", "probe")
+        shared = ("prompt", "seed", "image_index", "nfe", "size", "previews", "probe", "who")
         asked = Request(**{name: getattr(request, name) for name in shared})
         seconds = request.timeout_ms / 1000 if request.timeout_ms else None
         try:

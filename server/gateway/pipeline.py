@@ -24,9 +24,9 @@ class Pipeline:
     def __init__(self, backend: Backend, admission: Admission, results: Results | None) -> None:
         self.backend, self.admission, self.results = backend, admission, results
 
-    async def make_all(self, plan: Plan, who: str) -> list[Made]:
-        """All images at once; the first failure cancels the others. who: whose share of the queue it takes."""
-        async with self.admitted(plan, who) as make:
+    async def make_all(self, plan: Plan) -> list[Made]:
+        """All images at once; the first failure cancels the others."""
+        async with self.admitted(plan) as make:
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(waited(make(index, None))) for index in plan.image_indices]
@@ -35,7 +35,7 @@ class Pipeline:
             return [task.result() for task in tasks]
 
     @asynccontextmanager
-    async def admitted(self, plan: Plan, who: str) -> AsyncIterator[Make]:
+    async def admitted(self, plan: Plan) -> AsyncIterator[Make]:
         """Room in the queue for what a plan needs beyond what is known or under way already; gives what makes one image of it.
         Raises ApiError 429 or 503."""
         known = await self.known(plan)
@@ -44,7 +44,7 @@ class Pipeline:
         async def make(image_index: int, on_preview: OnPreview | None) -> Made:
             return known.get(image_index) or await self.make(plan, image_index, on_preview)
 
-        with self.admission.admitted(who, plan, len(new)):
+        with self.admission.admitted(plan, len(new)):
             yield make
 
     async def known(self, plan: Plan) -> dict[int, Made]:
@@ -59,9 +59,7 @@ class Pipeline:
 
     async def make(self, plan: Plan, image_index: int, on_preview: OnPreview | None = None) -> Made:
         """One image that is not known. Cancelling it stops the work within one NFE, unless somebody else waits for it too."""
-        if self.results is None:
-            return await self.execute(plan, image_index, on_preview)
-        if not plan.shares:
+        if self.results is None or not plan.shares:
             return await self.execute(plan, image_index, on_preview)
         return await self.results.share(plan.key(image_index), plan.deadline, lambda: self.execute(plan, image_index, None))
 

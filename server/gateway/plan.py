@@ -19,10 +19,11 @@ QUALITY_BY_NFE = {nfe: quality for quality, nfe in NFE_BY_QUALITY.items()}
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that can be run as it stands. raw: the answer is the bytes of the image; url: a link to them; previews: after
-    which NFEs of a stream a partial image is sent; deadline: on the clock of time.monotonic; seeded: the caller named the
-    seed; cache_control: the directives of the request's Cache-Control."""
+    """A request that can be run as it stands. who: the prefix of the key that asks; raw: the answer is the bytes of the image;
+    url: a link to them; previews: after which NFEs of a stream a partial image is sent; deadline: on the clock of
+    time.monotonic; seeded: the caller named the seed; cache_control: the directives of the request's Cache-Control."""
 
+    who: str
     student: StudentCard
     prompt: str
     seed: int
@@ -47,7 +48,7 @@ class Plan:
     def image(self, image_index: int) -> ImageRequest:
         """What the backend is asked for one image."""
         student, size, left = self.student.name, self.size, max(round((self.deadline - time.monotonic()) * 1000), 1)
-        return ImageRequest(student, self.prompt, self.seed, image_index, self.nfe, size, self.previews, left)
+        return ImageRequest(student, self.prompt, self.seed, image_index, self.nfe, size, self.previews, left, who=self.who)
 
     def key(self, image_index: int) -> str:
         """Of all that decides the file of an image: a sha256, so that it tells nobody the prompt."""
@@ -72,7 +73,7 @@ class Plan:
 
 
 def make_plan(
-    asked: ImageGeneration, headers: Mapping[str, str], students: dict[str, StudentCard], longest_timeout_ms: int
+    who: str, asked: ImageGeneration, headers: Mapping[str, str], students: dict[str, StudentCard], longest_timeout_ms: int
 ) -> Plan:
     """headers: by lower-case name. Raises ApiError 400, or 404 for an unknown model."""
     refuse_unsupported(asked)
@@ -85,6 +86,7 @@ def make_plan(
     if first + count > 2**32:
         raise invalid(f"image_index + n must be at most {2**32}, got {first + count}", "image_index")
     return Plan(
+        who=who,
         student=student,
         prompt=legal_prompt(asked.prompt, student),
         seed=secrets.randbits(64) if asked.seed is None else asked.seed,

@@ -30,13 +30,13 @@ async def generate_images(request: Request) -> Response:
     pipeline: Pipeline = request.app.state.pipeline
     longest = request.app.state.settings.request_timeout_ms
     current().model = asked.model
-    plan = make_plan(asked, request.headers, pipeline.backend.students, longest)
+    plan = make_plan(caller(request), asked, request.headers, pipeline.backend.students, longest)
     current().planned(plan.student.name, plan.nfe, plan.seed)
     if asked.seed is not None and not plan.url and answers.etag(plan) in known_tags(request):  # a known link may have expired
         return Response(status_code=304, headers={"ETag": answers.etag(plan), "x-seed": str(plan.seed)})
     if plan.stream:
         return await stream(request, pipeline, plan, begin)
-    made = await unless_gone(request, pipeline.make_all(plan, caller(request)))
+    made = await unless_gone(request, pipeline.make_all(plan))
     timings = measure(made, time.perf_counter_ns() - begin)
     headers = answers.headers(plan, made, timings)
     if plan.raw:
@@ -48,14 +48,14 @@ async def generate_images(request: Request) -> Response:
 
 async def stream(request: Request, pipeline: Pipeline, plan: Plan, begin: int) -> Response:
     """Waits for the first event, so that what fails before it is answered with a status of its own."""
-    happening = streaming.events(pipeline, plan, caller(request), begin)
+    happening = streaming.events(pipeline, plan, begin)
     first = await unless_gone(request, anext(happening))
     headers = streaming.HEADERS | {"x-seed": str(plan.seed), "x-fingerprint": plan.student.fingerprint}
     return StreamingResponse(streaming.with_errors(first, happening), media_type="text/event-stream", headers=headers)
 
 
 def caller(request: Request) -> str:
-    """Whose share of the queue a request takes: its key's prefix."""
+    """Whose share of the queue and of each NFE a request takes: its key's prefix."""
     return str(request.scope.get("fewstep_key", "anonymous"))
 
 

@@ -35,13 +35,13 @@ class Preview:
 Heard = Preview | Made | Exception
 
 
-async def events(pipeline: Pipeline, plan: Plan, who: str, begin: int) -> AsyncIterator[bytes]:
+async def events(pipeline: Pipeline, plan: Plan, begin: int) -> AsyncIterator[bytes]:
     """Every event of a plan as it happens, images of one request side by side.
 
-    who: whose share of the queue it takes; begin: when the request came, on the clock of time.perf_counter_ns. Raises what
-    the first image to fail raised. Closing the iterator cancels the images under way.
+    begin: when the request came, on the clock of time.perf_counter_ns. Raises what the first image to fail raised. Closing the
+    iterator cancels the images under way.
     """
-    async with pipeline.admitted(plan, who) as make, aclosing(hear(plan, make)) as items:
+    async with pipeline.admitted(plan) as make, aclosing(hear(plan, make)) as items:
         async for item in items:
             yield completed(plan, item, begin) if isinstance(item, Made) else await partial_image(plan, item)
 

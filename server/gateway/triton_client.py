@@ -144,7 +144,7 @@ def triton_request(request: ImageRequest) -> dict[str, Any]:
     inputs = [InferInput(name, [1], datatypes[name]) for name in columns]
     for tensor in inputs:
         tensor.set_data_from_numpy(columns[tensor.name()])
-    return {"model_name": request.student, "inputs": inputs, "parameters": {"probe": True} if request.probe else None}
+    return {"model_name": request.student, "inputs": inputs, "parameters": {"probe": request.probe, "who": request.who}}
 
 
 def typed_error(message: str) -> Exception:

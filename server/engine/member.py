@@ -1,0 +1,55 @@
+"""One image under way: its state, whose it is, and where its answers go."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from server.engine.engine import Floats, Pixels, Progress, Result
+from server.engine.errors import EngineError
+from server.engine.metrics import Metrics
+
+
+class Sink(Protocol):
+    """Where a request's answers go. `done` or `failed` is called exactly once, always from the scheduler's thread."""
+
+    def cancelled(self) -> bool:
+        """Asked before each piece of work on the request; True drops it."""
+        ...
+
+    def preview(self, step: int, image: Pixels) -> None:
+        """The x0 prediction after NFE `step`, uint8 [H, W, 3]."""
+        ...
+
+    def done(self, result: Result) -> None: ...
+
+    def failed(self, error: EngineError) -> None: ...
+
+
+@dataclass(eq=False)
+class Member:
+    """One image under way. deadline in seconds of the scheduler's clock; shown: x0 predictions that wait for the decoder."""
+
+    progress: Progress
+    sink: Sink
+    deadline: float
+    arrival: int
+    submitted: float
+    metrics: Metrics
+    shown: list[tuple[int, Floats]] = field(default_factory=list)
+
+    @property
+    def who(self) -> str:
+        """The key that asks."""
+        return self.progress.request.who
+
+    @property
+    def urgency(self) -> tuple[float, int]:
+        return self.deadline, self.arrival
+
+    @property
+    def length(self) -> tuple[int, int, tuple[float, int]]:
+        """The fewest NFEs left, then the fewest asked for."""
+        return self.progress.remaining, self.progress.request.nfe, self.urgency
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.progress.latents.shape
