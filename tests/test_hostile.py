@@ -163,8 +163,7 @@ def test_junk_behind_a_request_ends_the_connection_after_its_answer(server: Serv
         while received := connection.recv(65536):
             said += received
     assert said.startswith(b"HTTP/1.1 200 ")
-    assert said.count(b"HTTP/1.1 ") == 2
-    assert b"HTTP/1.1 400 " in said
+    assert said.count(b"HTTP/1.1 ") == 1
 
 
 @pytest.mark.parametrize(

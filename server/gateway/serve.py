@@ -11,6 +11,7 @@ import uvicorn
 from server.gateway.app import create_app
 from server.gateway.backend import Backend, BackendFailed
 from server.gateway.drain import DrainingServer
+from server.gateway.http11 import Http11
 from server.gateway.logs import configure_logging
 from server.gateway.settings import Settings
 
@@ -61,7 +62,7 @@ async def serve_on(listener: socket.socket, backend: Backend, settings: Settings
     app = create_app(backend, settings)
     app.state.tracing = tracing = open_tracing(settings.otlp_endpoint)
     # X-Forwarded-* are anybody's words.
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", proxy_headers=False)
+    config = uvicorn.Config(app, http=Http11, log_config=None, access_log=False, lifespan="off", proxy_headers=False)
     server = DrainingServer(config, app.state.drain, settings.grace_seconds, backend.kill)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(backend.start())
