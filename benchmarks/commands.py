@@ -7,7 +7,9 @@ import typer
 
 from server.terminal import one_line_errors
 
-ROOT = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
+Student = Annotated[str | None, typer.Option(help="name of the student; default: the first")]
+Repository = Annotated[Path, typer.Option(help="where exported students live")]
 bench = typer.Typer(no_args_is_help=True, help="Benchmarks; each ends in one line of JSON.")
 
 
@@ -19,8 +21,8 @@ def benchmarks() -> None:
 @bench.command("nfe")
 def bench_nfe(
     runs: Annotated[int, typer.Option(min=3, help="measured pictures for each NFE count")] = 30,
-    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
-    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+    student: Student = None,
+    model_repository: Repository = REPOSITORY,
 ) -> None:
     """Milliseconds of every stage, and the law T(n) = a + b n over NFE counts n.
 
@@ -36,8 +38,8 @@ def bench_nfe(
 def bench_determinism(
     trials: Annotated[int, typer.Option(min=1, help="random batches")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="which batches")] = 0,
-    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
-    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+    student: Student = None,
+    model_repository: Repository = REPOSITORY,
 ) -> None:
     """Random batches of every size and slot, with mates of all kinds: no request's bits may change. Exit code 1: one did.
 
@@ -57,8 +59,8 @@ def bench_scheduler(
     seconds: Annotated[
         float, typer.Option(min=0.1, help="of each throughput measurement; the mix takes five times as long")
     ] = 2.0,
-    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
-    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+    student: Student = None,
+    model_repository: Repository = REPOSITORY,
 ) -> None:
     """What the NFE scheduler costs at batch 1, its throughput against static batches, and its tail in a mix.
 
@@ -73,8 +75,8 @@ def bench_scheduler(
 @bench.command("sessions")
 def bench_sessions(
     rounds: Annotated[int, typer.Option(min=1, help="interleaved calls of every variant")] = 50,
-    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
-    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+    student: Student = None,
+    model_repository: Repository = REPOSITORY,
 ) -> None:
     """Milliseconds per row of an NFE and of a decode, by threads and batch, and whether bits change with the threads.
 
@@ -109,8 +111,8 @@ def bench_encoders(
     side: Annotated[
         list[int] | None, typer.Option(min=16, help="of made-up pictures, in pixels; may be repeated; default: 512 and 1024")
     ] = None,
-    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
-    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+    student: Student = None,
+    model_repository: Repository = REPOSITORY,
 ) -> None:
     """Encoders of png, jpeg and webp side by side, and what base64 and JSON add. Measures those that are installed.
 
@@ -127,8 +129,8 @@ def bench_gateway(
     images: Annotated[int, typer.Option(min=3, help="images alone, of each way, in a round")] = 50,
     rounds: Annotated[int, typer.Option(min=1, help="interleaved repetitions of everything")] = 5,
     seconds: Annotated[float, typer.Option(min=0.1, help="of each closed loop of 16 clients")] = 4.0,
-    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
-    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+    student: Student = None,
+    model_repository: Repository = REPOSITORY,
 ) -> None:
     """What the gateway and Triton cost on top of the engine, one at a time and 16 at once, as bytes and as base64.
 
@@ -143,8 +145,8 @@ def bench_gateway(
 @bench.command("overload")
 def bench_overload(
     seconds: Annotated[float, typer.Option(min=0.1, help="of each load")] = 10.0,
-    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
-    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+    student: Student = None,
+    model_repository: Repository = REPOSITORY,
 ) -> None:
     """Goodput, waiting and refusals under Poisson arrivals at half to ten times the server's capacity.
 
@@ -154,3 +156,20 @@ def bench_overload(
         from benchmarks.overload import run
 
         run(model_repository, student, seconds)
+
+
+@bench.command("fairness")
+def bench_fairness(
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved repetitions of calm and flood")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.1, help="of each calm and each flood")] = 5.0,
+    student: Student = None,
+    model_repository: Repository = REPOSITORY,
+) -> None:
+    """What one key that asks for ten times the server's capacity costs the other keys.
+
+    Example: fewstep bench fairness --rounds 5
+    """
+    with one_line_errors("triton"):
+        from benchmarks.fairness import run
+
+        run(model_repository, student, rounds, seconds)

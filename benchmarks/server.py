@@ -58,6 +58,13 @@ def triton_port(gateway: int) -> int:
     return int(re.findall(r"--grpc-port=(\d+)", "\0".join(lines))[0])
 
 
+def cpu_seconds(process: int) -> float:
+    """What a process and all that it has started have had of the processors, those that have ended aside."""
+    children = [int(pid) for file in Path(f"/proc/{process}/task").glob("*/children") for pid in file.read_text().split()]
+    ticks = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK") + sum(map(cpu_seconds, children))
+
+
 def resident_bytes(process: int) -> int:
     """Memory of a process that is in use now."""
     pages = Path(f"/proc/{process}/statm").read_text().split()[1]
@@ -76,10 +83,10 @@ class Connection:
         address = urlsplit(url)
         return cls(*await asyncio.open_connection(address.hostname, address.port))
 
-    async def post(self, path: str, document: dict[str, Any], accept: str) -> dict[str, str]:
+    async def post(self, path: str, document: dict[str, Any], accept: str, key: str = "none") -> dict[str, str]:
         """The headers of the answer, names in lower case; its body is dropped. Raises Refused unless it is a 200."""
         body = json.dumps(document).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nAccept: {accept}\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nAccept: {accept}\r\nAuthorization: Bearer {key}\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         self.writer.write(head.encode() + body)
         status, *lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").strip().splitlines()

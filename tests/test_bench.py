@@ -14,7 +14,8 @@ from fewstep import app
     [
         (["nfe", "--runs", "3"], {"law", "stages", "samples"}),
         (["determinism", "--trials", "16"], {"trials", "failures", "control_caught", "strict_failures", "strict_cost"}),
-        (["overload", "--seconds", "0.5"], {"capacity", "loads", "gateway_grew_mb"}),
+        (["overload", "--seconds", "0.5"], {"capacity", "loads", "goodput_of_peak"}),
+        (["fairness", "--rounds", "1", "--seconds", "0.5"], {"capacity", "calm", "flood", "others_p95_ratio"}),
         (["sessions", "--rounds", "1"], {"median", "bits_equal_across_threads"}),
         (["encoders", "--rounds", "1", "--side", "16"], {"rows", "held", "hop_ms", "json_ms"}),
         (["scheduler", "--rounds", "1", "--seconds", "0.1"], {"overhead", "share_of_best_static", "one_nfe_p99_ratio"}),

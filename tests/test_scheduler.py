@@ -1,7 +1,6 @@
 """The NFE scheduler: properties over random schedules, with networks and a clock that are fakes."""
 
 import threading
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 from server.engine.device import FreeDevice
 from server.engine.engine import Engine, Request, Result
 from server.engine.errors import Cancelled, DeadlineExceeded, EngineError, InvalidRequest, NumericalError, ShuttingDown
-from server.engine.member import Member
 from server.engine.metrics import MemoryMetrics
 from server.engine.scheduler import Scheduler
 from tests.fakes import NAN_SEED, RAISING_SEED, FakeClock, FakeEngine, Recorder, fake_engine
@@ -181,48 +179,6 @@ def test_the_earliest_deadline_goes_first_and_then_the_earliest_arrival(tiny: Pa
         stage.submit(seed, nfe=1, seconds=seconds)
     stage.finish()
     assert [call[0] for call in stage.steps.calls] == [3, 2, 1, 4]
-
-
-@given(
-    waiting=st.lists(st.tuples(st.sampled_from("abcde"), st.integers(1, 4)), min_size=1, max_size=40),
-    max_batch=st.integers(1, 4),
-)
-def test_seats_are_shared_evenly_among_the_keys_that_wait(tiny: Path, waiting: list[tuple[str, int]], max_batch: int) -> None:
-    stage = Stage(tiny, max_batch)
-    for seed, (who, nfe) in enumerate(waiting, 1):
-        stage.submit(seed, nfe, who=who)
-    whose = {seed: who for seed, (who, _) in enumerate(waiting, 1)}
-    while stage.scheduler.arrivals or stage.scheduler.members:
-        waiting_now = Counter(whose[member.progress.request.seed] for member in unfinished(stage.scheduler))
-        calls = len(stage.steps.calls)
-        stage.scheduler.tick()
-        if len(stage.steps.calls) > calls:
-            got = Counter(whose[seed] for seed in stage.steps.calls[-1])
-            poorest = min((got[who] for who in waiting_now if got[who] < waiting_now[who]), default=max_batch)
-            assert sum(max(seats - poorest - 1, 0) for seats in got.values()) <= 1, "the seat that is kept for the shortest"
-
-
-def unfinished(scheduler: Scheduler) -> list[Member]:
-    return [member for member in [*scheduler.members, *scheduler.arrivals] if member.progress.remaining]
-
-
-@pytest.mark.parametrize(
-    ("max_batch", "most"),
-    [
-        (4, 4 * 2 + 1),  # 4 NFEs for both, after each of which the other size has its turn
-        (1, 4 * 3 * 2),  # 4 NFEs of three keys; the only seat is every other time kept for the shortest
-    ],
-)
-def test_a_key_that_floods_delays_the_others_by_its_own_turn_alone(tiny: Path, max_batch: int, most: int) -> None:
-    stage = Stage(tiny, max_batch)
-    for seed in range(1000, 1200):
-        stage.submit(seed, nfe=4, seconds=1.0 + seed, who="flood", size="64x64" if seed % 2 else "64x32")
-    stage.scheduler.tick()
-    before = len(stage.steps.calls)
-    polite = [stage.submit(seed, nfe=4, who=f"key {seed}") for seed in (1, 2)]
-    while not all(sink.answers for sink in polite):
-        stage.scheduler.tick()
-    assert len(stage.steps.calls) - before <= most
 
 
 def test_the_most_urgent_size_is_served_and_the_other_sizes_follow(tiny: Path) -> None:

@@ -18,7 +18,7 @@ from server.engine.engine import Engine, Pixels, Request, Span
 from server.engine.errors import Cancelled, DeadlineExceeded, EngineError, ShuttingDown
 from server.engine.member import Member, Sink
 from server.engine.metrics import METRICS, MemoryMetrics, Metrics
-from server.engine.seats import Seats
+from server.engine.seats import Seats, flooding
 
 logger = logging.getLogger("fewstep")
 
@@ -100,10 +100,11 @@ class Scheduler:
         self.drop_late()
         to_step = [member for member in self.members if member.progress.remaining]
         to_decode = [member for member in self.members if member.shown or not member.progress.remaining]
+        floods = flooding(self.members, self.engine.max_batch)
         if to_decode and not (to_step and self.just_decoded):
-            self.work(self.decode, self.decode_seats.deal(to_decode, self.engine.max_decode_batch))
+            self.work(self.decode, self.decode_seats.deal(to_decode, self.engine.max_decode_batch, floods))
         elif to_step:
-            self.work(self.step, self.step_seats.deal(to_step, self.engine.max_batch))
+            self.work(self.step, self.step_seats.deal(to_step, self.engine.max_batch, floods))
         counted = [member for member in self.members if member.metrics is self.metrics]
         self.metrics.set("fewstep_in_flight", len(counted))
         self.metrics.set("fewstep_queue_depth", sum(not member.progress.step for member in counted))
