@@ -1,5 +1,6 @@
-"""Fixtures shared by the tests of the server: students, the gateway in process, and the real server."""
+"""Fixtures shared by the tests of the server: students, what runs them in process, and the real server."""
 
+import asyncio
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from server.gateway.inprocess_backend import InProcessBackend
 from tests.tiny_student import build_tiny_student
 
 # For torch, which reads it when it is imported: the tests' networks are so small that threads only wait for each other, ten
@@ -88,6 +90,15 @@ def miniatures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     folder = tmp_path_factory.mktemp("miniatures")
     return lambda name: folder / name if (folder / name).exists() else save_miniature(name, folder / name)
+
+
+@pytest.fixture(scope="session")
+def tiny_backend(tiny_repository: Path) -> Iterator[InProcessBackend]:
+    """The small random student, run in this process. Not to be changed."""
+    backend = InProcessBackend(tiny_repository)
+    asyncio.run(backend.start())
+    yield backend
+    asyncio.run(backend.stop())
 
 
 @pytest.fixture

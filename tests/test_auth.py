@@ -65,11 +65,8 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
 
 
 @pytest.fixture(scope="module")
-def app(tiny_repository: Path, keys: Keys) -> Iterator[FastAPI]:
-    backend = InProcessBackend(tiny_repository)
-    asyncio.run(backend.start())
-    yield create_app(backend, Settings(keys_file=keys.file, cors_origins=("https://a.example",)))
-    asyncio.run(backend.stop())
+def app(tiny_backend: InProcessBackend, keys: Keys) -> FastAPI:
+    return create_app(tiny_backend, Settings(keys_file=keys.file, cors_origins=("https://a.example",)))
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """Links to images: good until they expire, without a key, and for nobody who changed them."""
 
-import asyncio
 import base64
 import hashlib
 import io
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -32,11 +30,8 @@ BODY = {"prompt": "a red circle", "seed": 7, "response_format": "url"}
 
 
 @pytest.fixture(scope="module")
-def app(tiny_repository: Path) -> Iterator[FastAPI]:
-    backend = InProcessBackend(tiny_repository)
-    asyncio.run(backend.start())
-    yield create_app(backend, Settings())
-    asyncio.run(backend.stop())
+def app(tiny_backend: InProcessBackend) -> FastAPI:
+    return create_app(tiny_backend, Settings())
 
 
 @pytest.fixture

@@ -36,12 +36,9 @@ BODY = {"prompt": "a red circle", "seed": 7}
 
 
 @pytest.fixture(scope="module")
-def client(tiny_repository: Path) -> Iterator[TestClient]:
-    backend = InProcessBackend(tiny_repository)
-    asyncio.run(backend.start())
-    with TestClient(create_app(backend, Settings(result_cache=False))) as client:
+def client(tiny_backend: InProcessBackend) -> Iterator[TestClient]:
+    with TestClient(create_app(tiny_backend, Settings(result_cache=False))) as client:
         yield client
-    asyncio.run(backend.stop())
 
 
 def ask(client: TestClient, accept: str = "*/*", **changes: Any) -> httpx.Response:

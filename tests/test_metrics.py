@@ -6,7 +6,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -34,11 +33,8 @@ OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0
 
 
 @pytest.fixture(scope="module")
-def app(tiny_repository: Path) -> Iterator[FastAPI]:
-    backend = InProcessBackend(tiny_repository)
-    asyncio.run(backend.start())
-    yield create_app(backend, Settings())
-    asyncio.run(backend.stop())
+def app(tiny_backend: InProcessBackend) -> FastAPI:
+    return create_app(tiny_backend, Settings())
 
 
 @pytest.fixture(scope="module")

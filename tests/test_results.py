@@ -4,7 +4,7 @@ import asyncio
 import concurrent.futures
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,9 @@ BODY = {"prompt": "a red circle", "seed": 7}
 
 
 @pytest.fixture
-def client(tiny_repository: Path) -> Iterator[TestClient]:
-    with serving(tiny_repository, Settings()) as client:
+def client(tiny_backend: InProcessBackend) -> Iterator[TestClient]:
+    with TestClient(create_app(tiny_backend, Settings())) as client:
         yield client
-
-
-@contextmanager
-def serving(repository: Path, settings: Settings) -> Iterator[TestClient]:
-    backend = InProcessBackend(repository)
-    asyncio.run(backend.start())
-    with TestClient(create_app(backend, settings)) as client:
-        yield client
-    asyncio.run(backend.stop())
 
 
 def executed(client: TestClient) -> float:
@@ -115,18 +106,19 @@ def test_a_stream_fills_the_cache(client: TestClient) -> None:
     assert ask(client).headers["cache-status"] == "fewstep; hit"
 
 
-def test_the_switch_turns_it_off(tiny_repository: Path) -> None:
-    with serving(tiny_repository, Settings(result_cache=False)) as client:
+def test_the_switch_turns_it_off(tiny_backend: InProcessBackend) -> None:
+    with TestClient(create_app(tiny_backend, Settings(result_cache=False))) as client:
+        before = executed(client)
         assert [ask(client).headers["cache-status"] for _ in range(2)] == ["fewstep; fwd=miss"] * 2
-        assert executed(client) == 2 * 4
+        assert executed(client) - before == 2 * 4
 
 
-def test_results_on_disk_outlive_the_server(tiny_repository: Path, tmp_path: Path) -> None:
+def test_results_on_disk_outlive_the_server(tiny_backend: InProcessBackend, tmp_path: Path) -> None:
     settings = Settings(result_cache_folder=tmp_path / "results", result_cache_disk_mb=1)
-    with serving(tiny_repository, settings) as client:
+    with TestClient(create_app(tiny_backend, settings)) as client:
         first = ask(client)
         until(lambda: len(list((tmp_path / "results").glob("*.result"))) == 1)
-    with serving(tiny_repository, settings) as client:
+    with TestClient(create_app(tiny_backend, settings)) as client:
         again = ask(client)
         assert again.headers["cache-status"] == "fewstep; hit"
         assert again.json()["data"][0]["b64_json"] == first.json()["data"][0]["b64_json"]

@@ -47,12 +47,9 @@ def pixels(event: dict[str, Any]) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def client(tiny_repository: Path) -> Iterator[TestClient]:
-    backend = InProcessBackend(tiny_repository)
-    asyncio.run(backend.start())
-    with TestClient(create_app(backend, Settings(result_cache=False))) as client:
+def client(tiny_backend: InProcessBackend) -> Iterator[TestClient]:
+    with TestClient(create_app(tiny_backend, Settings(result_cache=False))) as client:
         yield client
-    asyncio.run(backend.stop())
 
 
 def ask(client: TestClient, **changes: Any) -> list[dict[str, Any]]:

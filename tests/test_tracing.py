@@ -80,17 +80,9 @@ def receiver() -> Iterator[Receiver]:
     receiver.server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def backend(tiny_repository: Path) -> Iterator[InProcessBackend]:
-    backend = InProcessBackend(tiny_repository)
-    asyncio.run(backend.start())
-    yield backend
-    asyncio.run(backend.stop())
-
-
 @pytest.fixture
-def app(backend: InProcessBackend, receiver: Receiver) -> Iterator[FastAPI]:
-    app = create_app(backend, Settings())
+def app(tiny_backend: InProcessBackend, receiver: Receiver) -> Iterator[FastAPI]:
+    app = create_app(tiny_backend, Settings())
     app.state.tracing = Tracing(receiver.url)
     yield app
     app.state.tracing.close()
@@ -189,8 +181,8 @@ class FaultyBackend:
         raise self.error
 
 
-def test_errors_are_told_by_type_alone(backend: InProcessBackend, receiver: Receiver) -> None:
-    app = create_app(FaultyBackend(backend.students, BackendFault(f"failed on {CANARY}")), Settings())  # type: ignore[arg-type]
+def test_errors_are_told_by_type_alone(tiny_backend: InProcessBackend, receiver: Receiver) -> None:
+    app = create_app(FaultyBackend(tiny_backend.students, BackendFault(f"failed on {CANARY}")), Settings())  # type: ignore[arg-type]
     app.state.tracing = Tracing(receiver.url)
     client = TestClient(app)
     assert client.post(PATH, json={"prompt": CANARY}).status_code == 500
@@ -275,8 +267,8 @@ def test_asked_for_and_not_installed_is_one_line_that_says_what_to_do() -> None:
     assert "fewstep[otel]" in line
 
 
-def test_a_receiver_that_is_gone_holds_nobody_up(backend: InProcessBackend) -> None:
-    app = create_app(backend, Settings())
+def test_a_receiver_that_is_gone_holds_nobody_up(tiny_backend: InProcessBackend) -> None:
+    app = create_app(tiny_backend, Settings())
     app.state.tracing = Tracing("http://127.0.0.1:1")
     begin = time.monotonic()
     assert json.loads(TestClient(app).post(PATH, json={"prompt": "a"}).content)["model"] == "tiny"
