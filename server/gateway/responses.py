@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.gateway.schemas import Format
+from server.gateway.timings import Timings
 
 ERRORS = {
     400: "A value is illegal or not supported, or the body is not JSON; `param` names the field.",
@@ -78,17 +79,6 @@ class Usage(Answer):
     input_tokens_details: TokenDetails
 
 
-class Milliseconds(Answer):
-    """Stages that sum to the total; steps has one entry per NFE."""
-
-    queue: float
-    text_encoder: float
-    steps: list[float]
-    vae_decoder: float
-    image_encode: float
-    total: float
-
-
 class Images(Answer):
     """What was made, and all it takes to make it again."""
 
@@ -102,7 +92,7 @@ class Images(Answer):
     model: str
     num_inference_steps: int
     fingerprint: str
-    timings: Milliseconds
+    timings: Timings
 
 
 class StreamedImage(Answer):
@@ -136,7 +126,7 @@ class CompletedImage(StreamedImage):
     fingerprint: str
     pixel_sha256: str
     cached: bool
-    timings: Milliseconds
+    timings: Timings
 
 
 class StreamError(Error):

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ConfigDict
+
 from server.gateway.made import Made
 
 MILLION = 1e6
@@ -10,7 +12,10 @@ MILLION = 1e6
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds. queue is all that is no named stage: waiting for the device, the hop to the backend, noise."""
+    """Milliseconds of stages that sum to the total. queue is all that is no named stage: waiting for the device, the hop to the
+    backend, noise; steps has one entry per NFE."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # it is also what the OpenAPI document says of an answer's `timings`
 
     queue: float
     text_encoder: float
