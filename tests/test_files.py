@@ -16,11 +16,12 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from pydantic import ValidationError
 from PIL import Image
 
 from server.gateway import files
 from server.gateway.app import create_app
-from server.gateway.files import Files
+from server.gateway.files import Files, open_files
 from server.gateway.inprocess_backend import InProcessBackend
 from server.gateway.serve import listen
 from server.gateway.settings import Settings
@@ -146,6 +147,12 @@ def test_memory_is_bounded_and_who_was_asked_for_longest_ago_goes(client: TestCl
     assert app.state.files.kept.currsize <= one * 5 // 2
     assert_refused(client.get(second), 410, "not_kept")
     assert [client.get(url).status_code for url in (first, third)] == [200, 200]
+
+
+def test_how_much_memory_links_may_take_is_a_setting() -> None:
+    assert open_files(Settings(url_memory_mb=64)).kept.maxsize == 64_000_000
+    with pytest.raises(ValidationError, match="url_memory_mb"):
+        Settings(url_memory_mb=63)  # ten images of one request must find room
 
 
 def test_the_same_image_is_kept_once(client: TestClient, app: FastAPI) -> None:

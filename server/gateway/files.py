@@ -20,7 +20,7 @@ from server.gateway.schemas import Format
 from server.gateway.settings import Settings
 
 TTL_SECONDS = 3600
-BUDGET = 256 << 20  # bytes of images
+BUDGET = 256 * 10**6  # bytes of images
 
 router = APIRouter()
 
@@ -74,7 +74,7 @@ class Files:
 def open_files(settings: Settings) -> Files:
     """As the settings want them."""
     secret = settings.url_secret.get_secret_value().encode() if settings.url_secret else None
-    return Files(secret, settings.url_ttl_seconds, settings.public_url)
+    return Files(secret, settings.url_ttl_seconds, settings.public_url, settings.url_memory_mb * 10**6)
 
 
 def refused(status: int, message: str, code: str) -> ApiError:

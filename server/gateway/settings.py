@@ -83,6 +83,7 @@ class Settings(BaseSettings):
     public_url: Url | None = Field(None, description="address that links in answers start with; unset: as the caller said it")
     url_secret: Secret | None = Field(None, description="signs links to results; unset: new at every start")
     url_ttl_seconds: int = Field(3600, ge=1, le=604_800, description="seconds for which a link to a result is good")
+    url_memory_mb: int = Field(256, ge=64, description="images that links lead to, kept in memory, MB")
     result_cache: bool = Field(True, description="answer repeated requests from memory or disk")
     result_cache_mb: int = Field(256, ge=1, description="results kept in memory, MB")
     result_cache_disk_mb: int = Field(0, ge=0, description="results kept in result_cache_folder, MB; 0 for none")
