@@ -152,6 +152,20 @@ def test_the_reason_of_a_refusal_is_told(client: TestClient, keys: Keys) -> None
         assert ('error="invalid_token"' in answer.headers["www-authenticate"]) == (code == "invalid_api_key")
 
 
+def test_a_browser_reads_the_docs_with_the_key_as_password_and_can_do_nothing_else_with_it(
+    client: TestClient, keys: Keys
+) -> None:
+    for path in ("/docs", "/openapi.json"):
+        assert "Basic realm=" in client.get(path).headers["www-authenticate"]
+        assert client.get(path, auth=("anything", keys.models_only)).status_code == 200
+        for wrong in (keys.revoked, keys.good[:-1], ""):
+            assert client.get(path, auth=("anything", wrong)).status_code == 401
+        assert client.get(path, headers={"authorization": b"Basic \xfc"}).status_code == 401
+    for method, path in (("GET", "/v1/models"), ("POST", PATH), ("GET", "/metrics"), ("GET", "/docs/x")):
+        answer = client.request(method, path, auth=("anything", keys.good))
+        assert (answer.status_code, "Basic" in answer.headers["www-authenticate"]) == (401, False)
+
+
 def test_two_authorizations_are_none(client: TestClient, keys: Keys) -> None:
     twice = [("authorization", f"Bearer {keys.good}"), ("authorization", f"Bearer {keys.good}")]
     assert client.get("/v1/models", headers=httpx.Headers(twice)).status_code == 401

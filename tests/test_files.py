@@ -16,8 +16,8 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from pydantic import ValidationError
 from PIL import Image
+from pydantic import ValidationError
 
 from server.gateway import files
 from server.gateway.app import create_app

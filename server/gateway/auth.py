@@ -1,5 +1,6 @@
 """Who is asking: every request needs an API key, once there are any, and is counted against it before its body is read."""
 
+import base64
 import re
 from collections import defaultdict
 from datetime import UTC, datetime
@@ -14,6 +15,9 @@ ANONYMOUS = "anonymous"
 # No secrets here: the playground's page, which asks for a key itself, and what orchestrators look at. A link to an image is
 # signed, which is its key.
 OPEN = re.compile(r"/|/livez|/readyz|/health|/playground/[^/]+|/files/[^/]+")
+# Pages for a browser, which asks for a name and a password of its own accord and sends them as RFC 7617 has it. Not for routes
+# that do something: a browser sends them along with whatever any page of any origin asks for.
+BROWSED = re.compile(r"/docs|/openapi\.json")
 # What may be seen with any key is whatever else there is, e.g. /docs.
 SCOPED = {
     "images": re.compile(r"/v1/images(/.*)?", re.S),
@@ -50,17 +54,28 @@ class Auth:
 
 
 def identify(keys: KeyStore, scope: Scope) -> Key:
-    """The active key of `Authorization: Bearer KEY`. Raises ApiError 401."""
+    """The active key of `Authorization: Bearer KEY`; on pages for a browser also the password. Raises ApiError 401."""
+    browsed = BROWSED.fullmatch(scope["path"]) is not None
     scheme, _, presented = credentials(scope).partition(" ")
+    if scheme.lower() == "basic" and browsed:
+        scheme, presented = "bearer", password(presented)
     if scheme.lower() != "bearer" or not presented.strip():
-        raise unauthorized("an API key is needed: send it as `Authorization: Bearer KEY`", "missing_api_key")
+        raise unauthorized("an API key is needed: send it as `Authorization: Bearer KEY`", "missing_api_key", browsed)
     key = keys.find(presented.strip())
     if key is None:
-        raise unauthorized("this API key is not known here", "invalid_api_key")
+        raise unauthorized("this API key is not known here", "invalid_api_key", browsed)
     state = key.state(datetime.now(UTC))
     if state != "active":
-        raise unauthorized(f"this API key is {state}", "invalid_api_key")
+        raise unauthorized(f"this API key is {state}", "invalid_api_key", browsed)
     return key
+
+
+def password(presented: str) -> str:
+    """Of base64("name:password"), whatever the name; empty where it is anything else."""
+    try:
+        return base64.b64decode(presented.strip(), validate=True).decode("latin-1").partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def credentials(scope: Scope) -> str:
@@ -78,9 +93,10 @@ def authorize(key: Key, path: str) -> None:
             raise ApiError(403, said, code="insufficient_scope", headers={"WWW-Authenticate": challenge})
 
 
-def unauthorized(message: str, code: str) -> ApiError:
-    """401; RFC 6750 names an error only for a key that was given."""
+def unauthorized(message: str, code: str, browsed: bool) -> ApiError:
+    """401; RFC 6750 names an error only for a key that was given. browsed: a browser may ask its user for the key."""
     challenge = 'Bearer realm="fewstep"' + ("" if code == "missing_api_key" else ', error="invalid_token"')
+    challenge += ', Basic realm="fewstep: the key is the password", charset="UTF-8"' if browsed else ""
     return ApiError(401, message, code=code, headers={"WWW-Authenticate": challenge})
 
 
