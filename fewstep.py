@@ -176,6 +176,7 @@ def inspect(
 def evaluate(
     student: Annotated[Path | None, typer.Option(help="a student folder or an exported student")] = None,
     url: Annotated[str | None, typer.Option(help="a running server, in place of --student")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="FEWSTEP_API_KEY", help="of that server, where it wants one")] = None,
     nfe: Annotated[str, typer.Option(help="NFE counts of the student")] = "1,2,3,4",
     captions: Annotated[int, typer.Option(min=2, help="how many held-out captions")] = 500,
     teacher: Annotated[Path, typer.Option(help="a teacher folder")] = ROOT / "tdm_train/scenes/teacher",
@@ -188,7 +189,7 @@ def evaluate(
     Examples: fewstep eval --nfe 1,4 --captions 100 --grid grid.png; fewstep eval --url http://127.0.0.1:8000
     """
     with one_line_errors("train"):
-        from benchmarks.evaluate import Evaluation, Teacher, check_nfe, draw_grid, report, server_rows, student_rows
+        from benchmarks.evaluate import Evaluation, Teacher, caller, check_nfe, draw_grid, report, server_rows, student_rows
 
         if student and url:
             raise ValueError("--student and --url exclude each other")
@@ -196,14 +197,15 @@ def evaluate(
             raise ValueError(f"--nfe {nfe!r}: legal are whole numbers with commas between, e.g. 1,4")
         counts = [int(count) for count in nfe.split(",")]
         folder = student or ROOT / "model_repository/scenes"
-        check_nfe(folder, url, counts)
+        server = caller(url, api_key) if url else None
+        check_nfe(folder, server, counts)
         evaluation = Evaluation(captions, seed)
         judge = Teacher(teacher, evaluation)
         rows = [evaluation.rendered(), judge.autoencoder()]
         scales = [float(scale) for scale in guidance.split(",")]
         rows += [judge.row(25, scale) for scale in scales]
         rows += [judge.row(4, scales[-1]), judge.row(2, scales[-1]), judge.row(4, 1.0)]
-        rows += server_rows(url, counts, evaluation) if url else student_rows(folder, counts, evaluation)
+        rows += server_rows(server, counts, evaluation) if server else student_rows(folder, counts, evaluation)
         report(rows, evaluation)
         if grid:
             draw_grid(rows, evaluation.captions, grid)

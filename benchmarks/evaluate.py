@@ -127,12 +127,21 @@ class Teacher:
         return self.evaluation.row("teacher", steps * (1 if guidance == 1 else 2), guidance, draw)
 
 
-def check_nfe(folder: Path, url: str | None, nfe_counts: list[int]) -> None:
-    """Refuses NFE counts that a student (a folder, or the default student behind `url`) does not have, before any work."""
-    if url:
-        answer = httpx.get(f"{url}/v1/models", timeout=60)
+def caller(url: str, api_key: str | None) -> httpx.Client:
+    """What asks a running server, with its key where it wants one."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return httpx.Client(base_url=url, timeout=60, headers=headers)
+
+
+def check_nfe(folder: Path, server: httpx.Client | None, nfe_counts: list[int]) -> None:
+    """Refuses NFE counts that a student (a folder, or the default student of `server`) does not have, before any work."""
+    if server:
+        try:
+            answer = server.get("/v1/models")
+        except httpx.TransportError as error:
+            raise ValueError(f"{server.base_url} cannot be reached: {error}") from None
         if answer.status_code != 200:
-            raise ValueError(f"{url}/v1/models answered {answer.status_code}: {answer.text[:300]}")
+            raise ValueError(f"{answer.url} answered {answer.status_code}: {answer.text[:300]}")
         legal = answer.json()["data"][0]["nfe"]
     else:
         described = next((file for file in (folder / "1/student.json", folder / "student.json") if file.is_file()), None)
@@ -172,21 +181,20 @@ def _draw_exported(folder: Path, evaluation: Evaluation) -> Callable[[int], Call
     return lambda nfe: lambda part: np.stack([draw(nfe, index) for index in range(*part.indices(evaluation.count))])
 
 
-def server_rows(url: str, nfe_counts: list[int], evaluation: Evaluation) -> list[Row]:
+def server_rows(server: httpx.Client, nfe_counts: list[int], evaluation: Evaluation) -> list[Row]:
     """A running fewstep server, asked for one PNG per caption."""
-    with httpx.Client(base_url=url, timeout=60) as client:
 
-        def draw(nfe: int, part: slice) -> np.ndarray:
-            return np.stack([ask(nfe, index) for index in range(*part.indices(evaluation.count))])
+    def draw(nfe: int, part: slice) -> np.ndarray:
+        return np.stack([ask(nfe, index) for index in range(*part.indices(evaluation.count))])
 
-        def ask(nfe: int, index: int) -> np.ndarray:
-            body = {"prompt": evaluation.captions[index], "num_inference_steps": nfe, "seed": evaluation.picture_seed(index)}
-            response = client.post("/v1/images/generations", json=body, headers={"accept": "image/png"})
-            if response.status_code != 200:
-                raise ValueError(f"{url} answered {response.status_code}: {response.text[:300]}")
-            return np.asarray(Image.open(io.BytesIO(response.content)).convert("RGB"))
+    def ask(nfe: int, index: int) -> np.ndarray:
+        body = {"prompt": evaluation.captions[index], "num_inference_steps": nfe, "seed": evaluation.picture_seed(index)}
+        response = server.post("/v1/images/generations", json=body, headers={"accept": "image/png"})
+        if response.status_code != 200:
+            raise ValueError(f"{response.url} answered {response.status_code}: {response.text[:300]}")
+        return np.asarray(Image.open(io.BytesIO(response.content)).convert("RGB"))
 
-        return [evaluation.row("student", nfe, 1.0, lambda part, nfe=nfe: draw(nfe, part)) for nfe in nfe_counts]
+    return [evaluation.row("student", nfe, 1.0, lambda part, nfe=nfe: draw(nfe, part)) for nfe in nfe_counts]
 
 
 def draw_grid(rows: list[Row], captions: tuple[str, ...], file: Path, lines: int = 12) -> None:

@@ -295,6 +295,14 @@ def test_a_refusal_comes_at_once_and_before_the_body(server: Server, keys: Keys)
     assert sorted(waits)[len(waits) // 2] < 0.05, waits
 
 
+def test_fewstep_eval_sends_the_key_it_is_given(server: Server, keys: Keys) -> None:
+    from benchmarks.evaluate import caller, check_nfe
+
+    check_nfe(Path(), caller(server.url, keys.good), [1])
+    with pytest.raises(ValueError, match="answered 401"):
+        check_nfe(Path(), caller(server.url, None), [1])
+
+
 def test_the_openai_client_gets_pictures_with_a_good_key_and_its_own_errors_with_a_bad_one(server: Server, keys: Keys) -> None:
     def client(key: str) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)

@@ -13,8 +13,8 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Pydanti
 
 PREFIX = "FEWSTEP_"
 CONFIG_VARIABLE = "FEWSTEP_CONFIG"
-# FEWSTEP_LOCKS is the engine's: where device locks live (see server/engine/device.py).
-OTHER_VARIABLES = {CONFIG_VARIABLE, "FEWSTEP_LOCKS"}
+# FEWSTEP_LOCKS is the engine's: where device locks live (see server/engine/device.py). FEWSTEP_API_KEY is `fewstep eval`'s.
+OTHER_VARIABLES = {CONFIG_VARIABLE, "FEWSTEP_LOCKS", "FEWSTEP_API_KEY"}
 OPENTELEMETRY_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 DEFAULT_FILE = Path("fewstep.toml")
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
