@@ -28,8 +28,14 @@ class Seats:
         self.served: dict[str, int] = {}  # by key, the number of the last batch in which it had a seat; lately ones alone
 
     def deal(self, candidates: list[Member], seats: int, flooding: Set[str] = frozenset()) -> list[Member]:
-        """The batch: all of the first one's size. Where there is only one seat, it is kept every other time."""
+        """The batch. flooding: keys, see `flooding`."""
         self.number += 1
+        batch = candidates if len(candidates) == 1 else self.choose(candidates, seats, flooding)
+        self.remember(batch)
+        return batch
+
+    def choose(self, candidates: list[Member], seats: int, flooding: Set[str]) -> list[Member]:
+        """All of the first one's size. Where there is only one seat, it is kept for the shortest every other time."""
         hands = self.hands(candidates)
         others = [(hand, member) for hand, member in hands if member.who not in flooding]
         if others and self.number % TURN:
@@ -42,7 +48,6 @@ class Seats:
             self.kept = shortest not in batch and (seats > 1 or not self.kept)
             if self.kept:
                 batch[-1] = shortest
-        self.remember(batch)
         return batch
 
     def hands(self, candidates: list[Member]) -> list[tuple[int, Member]]:
@@ -57,10 +62,15 @@ class Seats:
 
     def remember(self, batch: list[Member]) -> None:
         """Whose turn it was. The server's own questions are nobody's."""
-        self.served |= {member.who: self.number for member in batch if not member.progress.request.probe}
-        self.served = {who: number for who, number in self.served.items() if number > self.number - LATELY}
+        for member in batch:
+            if not member.progress.request.probe:
+                self.served[member.who] = self.number
+        for who in [who for who, number in self.served.items() if number <= self.number - LATELY]:
+            del self.served[who]
 
 
 def flooding(members: list[Member], seats: int) -> set[str]:
     """The keys that have more than FLOOD full batches under way."""
+    if len(members) <= FLOOD * seats:
+        return set()
     return {who for who, count in Counter(member.who for member in members).items() if count > FLOOD * seats}
