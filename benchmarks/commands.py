@@ -92,8 +92,8 @@ def bench_sessions(
 def bench_gpu(
     provider: Annotated[str, typer.Option(help="cuda or tensorrt")] = "tensorrt",
     runs: Annotated[int, typer.Option(min=3, help="measured pictures for each NFE count, and NFEs of each batch")] = 30,
-    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
-    model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
+    student: Student = None,
+    model_repository: Repository = REPOSITORY,
 ) -> None:
     """A student on the GPU at hand: how far from the processor's pixels, milliseconds per NFE, and the floor below them.
 
