@@ -12,17 +12,14 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-import torch
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner, Result
 
 import export.publish
 from export.families import FAMILIES as FAMILY_EXPORTS
-from export.graphs import Graph
-from export.onnx import export_graph
-from export.publish import latent_shapes
+from export.precision import parse_precisions
+from export.publish import export_graphs, forms_of, latent_shapes
 from export.report import GraphFile, Report
-from export.student_graphs import example_shape, student_graphs
 from export.tensorrt import Built, Toolchain, as_text, build_engines, profile_of, recipe_of, toolchain
 from export.tensorrt_network import build_plan, bytes_last, text_shapes
 from fewstep import app
@@ -31,11 +28,12 @@ from server.engine.session import PROVIDER, open_graph
 from server.engine.student import GRAPHS, StudentManifest, read_manifest, sha256_of
 from tdm_train.checkpoint import Student, load_student
 from tests.conftest import ROOT
+from tests.miniatures import MINIATURES
 from tests.test_families import save_miniature_student
 from tests.test_imports import loaded_after
 from tests.tiny_student import build_tiny_student, tiny_manifest, write_manifest
 
-FAMILIES = ["pixart_sigma"]  # of tests/miniatures.py; each is built in both precisions
+FAMILIES = [name for name in MINIATURES if name != "pixart_alpha"]  # whose network is pixart_sigma's
 AMPERE = "8.6"
 
 
@@ -51,23 +49,9 @@ class Half:
 def fp16(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Half:
     folder = tmp_path_factory.mktemp(request.param)
     student = load_student(save_miniature_student(request.param, folder))
-    sizes = latent_shapes(student)
-    shapes, graphs = list(sizes.values()), {}
-    for graph in student_graphs(student, student.pipeline.vae, shapes):
-        export_graph(in_half(graph), folder / f"{graph.name}.onnx", example_shape(student, shapes))
-        graphs[graph.name] = onnx.load(folder / f"{graph.name}.onnx")
-    return Half(manifest_of(student, sizes), graphs)
-
-
-def in_half(graph: Graph) -> Graph:
-    """The graph with weights and inputs in half precision, but for what a float32 schedule says."""
-
-    def example(rows: int, latents: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        kept = ("timestep", "coefficients", "pooled")
-        inputs = graph.example(rows, latents).items()
-        return {name: value.half() if value.is_floating_point() and name not in kept else value for name, value in inputs}
-
-    return Graph(graph.name, graph.module.half(), example, graph.outputs, graph.dynamic)
+    precisions = parse_precisions("fp16")
+    export_graphs(forms_of(student, student.pipeline.vae, precisions).exported, folder, precisions)
+    return Half(manifest_of(student, latent_shapes(student)), {graph: onnx.load(folder / f"{graph}.onnx") for graph in GRAPHS})
 
 
 def in_bfloat16(half: Half) -> Half:
@@ -106,8 +90,7 @@ def manifest_of(student: Student, sizes: dict[str, tuple[int, ...]]) -> StudentM
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_every_graph_of_every_family_builds_in_half_precision_for_all_gpus_that_have_it(fp16: Half, precision: str) -> None:
-    half, targets = (fp16, ",".join(RTX_TARGETS)) if precision == "fp16" else (in_bfloat16(fp16), None)
-    tools = toolchain("rtx", targets)
+    half, tools = fp16 if precision == "fp16" else in_bfloat16(fp16), toolchain("rtx")  # not 7.5: T5 keeps a layer in float32
     trt = importlib.import_module(tools.package)
     text: dict[str, tuple[int, ...]] = {}
     for graph in GRAPHS:
@@ -286,11 +269,11 @@ def test_a_cast_to_bytes_comes_last_and_the_picture_stays_the_same() -> None:
     graph = helper.make_graph(nodes, "decoder", values[:1], values[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     latents = np.arange(120, dtype=np.float32).reshape(2, 3, 4, 5)
-    (before,) = open_graph("decoder", model.SerializeToString(), [PROVIDER]).run(None, {"latents": latents})
+    (before,) = open_graph("decoder", model.SerializeToString(), None, [PROVIDER]).run(None, {"latents": latents})
     moved = bytes_last(model)
     onnx.checker.check_model(moved)
     assert [node.op_type for node in moved.graph.node] == ["Transpose", "Cast"]
-    (after,) = open_graph("decoder", moved.SerializeToString(), [PROVIDER]).run(None, {"latents": latents})
+    (after,) = open_graph("decoder", moved.SerializeToString(), None, [PROVIDER]).run(None, {"latents": latents})
     assert np.array_equal(before, after)
 
 
@@ -309,7 +292,7 @@ def test_an_export_builds_engines_before_it_publishes_and_tells_them_in_its_tabl
     """Everything but the tracing of a student, which tests/test_export.py does."""
     manifest = read_manifest(tiny / "1" / "student.json")
 
-    def quick_build(student: object, vae: object, folder: Path, engines: Any) -> Report:
+    def quick_build(student: object, vae: object, folder: Path, precisions: object, engines: Any) -> Report:
         build_tiny_student(folder.parent, folder.name)
         cells = {built.plan.recipe.graph: built.in_words() for built in engines()}
         files = tuple(GraphFile(graph, "fp32", 1, 1.0, cells[graph]) for graph in GRAPHS)
