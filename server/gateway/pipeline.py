@@ -8,6 +8,7 @@ from functools import partial
 
 from server.gateway.admission import Admission
 from server.gateway.backend import Backend, BackendImage, OnPreview
+from server.gateway.lanes import Lanes
 from server.gateway.made import Made
 from server.gateway.media import Encoded, beside, encode_now
 from server.gateway.plan import Plan
@@ -22,7 +23,7 @@ class Pipeline:
     """Makes images for every route. results None: nothing is kept and nothing is shared."""
 
     def __init__(self, backend: Backend, admission: Admission, results: Results | None) -> None:
-        self.backend, self.admission, self.results = backend, admission, results
+        self.backend, self.admission, self.results, self.lanes = backend, admission, results, Lanes()
 
     async def make_all(self, plan: Plan) -> list[Made]:
         """All images at once; the first failure cancels the others."""
@@ -65,7 +66,8 @@ class Pipeline:
 
     async def execute(self, plan: Plan, image_index: int, on_preview: OnPreview | None) -> Made:
         """By the backend. Raises an EngineError or a BackendError."""
-        image = await self.backend.generate(plan.image(image_index), on_preview)
+        async with self.lanes.place(plan):
+            image = await self.backend.generate(plan.image(image_index), on_preview)
         self.admission.learn(plan, image)
         current().made(image_index, image)
         made = await beside(image.image, plan.format, partial(finish, plan, image_index, image))
