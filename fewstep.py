@@ -36,29 +36,37 @@ def main() -> None:
 @app.command()
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="scenes_evaluator, scenes_vae, scenes_text_encoder, scenes_teacher, scenes_tdm")
+        str,
+        typer.Argument(
+            help="scenes_evaluator, scenes_vae, scenes_text_encoder, scenes_teacher, scenes_tdm; tdm for a teacher of your "
+            "own, or with the paper's numbers tdm_pixart, tdm_pixart_1024, tdm_pixart_demo, tdm_sd15, tdm_sdxl, tdm_sd3, "
+            "tdm_cogvideox_2b, tdm_cogvideox_5b"
+        ),
     ],
     out: Annotated[Path, typer.Option(help="folder of the run: checkpoints, then the result")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="change a field of the recipe, e.g. --set iterations=500")
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="data-parallel processes on this machine")] = os.cpu_count() or 1,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="data-parallel processes on this machine; default: one per GPU, or per core")
+    ] = None,
     resume: Annotated[bool, typer.Option(help="go on from the last checkpoint in --out")] = False,
 ) -> None:
     """Runs a named training recipe.
 
-    Example, the bundled student from the bundled teacher: fewstep train scenes_tdm --out runs/scenes_tdm
+    Examples, the bundled student from the bundled teacher, and a student of your own: fewstep train scenes_tdm --out
+    runs/scenes_tdm; fewstep train tdm --out runs/mine --set teacher=FOLDER_OR_HUB_ID --set prompts=FILE
     """
     with one_line_errors("train"):
         from tdm_train.recipes import RECIPES
-        from tdm_train.run import launch
+        from tdm_train.run import default_processes, launch
 
         if recipe not in RECIPES:
             raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
-        if not resume and (out / "checkpoint").exists():
+        if not resume and (out / "checkpoints").exists():
             raise ValueError(f"{out} holds a run already: pass --resume to go on with it, or another --out")
         configuration = with_changes(RECIPES[recipe], set_ or [])
-        launch(configuration.train, processes, out, resume)
+        launch(configuration.train, processes or default_processes(), out, resume)
 
 
 def with_changes(recipe: object, changes: list[str]) -> object:

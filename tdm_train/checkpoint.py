@@ -41,12 +41,10 @@ class Student:
     def grid(self, nfe: int) -> torch.Tensor:
         """The timesteps of a trajectory, rising from 0: float32 [nfe + 1], as student.json states them or the sampler has them.
 
-        Raises ValueError for grids stated as sigmas, which only the sampler can read.
+        Raises ValueError for sigmas with a sampler that does not take them.
         """
         timesteps, sigmas = self.description.grid(nfe)
-        if sigmas is not None:
-            raise ValueError(f"student.json states sigmas={sigmas} for {nfe} NFE, legal here: timesteps, or neither")
-        return torch.tensor([0.0, *reversed(timesteps or sampler_grid(self.pipeline.scheduler, nfe))])
+        return torch.tensor([0.0, *reversed(timesteps or sampler_grid(self.pipeline.scheduler, nfe, sigmas))])
 
 
 def pipeline_config(source: Path | str, revision: str | None = None) -> dict[str, Any]:

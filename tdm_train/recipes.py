@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from tdm_train.backbone_recipes import BACKBONE_RECIPES
 from tdm_train.tdm_recipe import TdmRecipe
 
 
@@ -89,4 +90,5 @@ RECIPES = {
     "scenes_text_encoder": TextEncoderRecipe(),
     "scenes_teacher": TeacherRecipe(),
     "scenes_tdm": TdmRecipe(),
+    **BACKBONE_RECIPES,
 }

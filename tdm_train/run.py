@@ -1,18 +1,26 @@
 """What every training run needs around its loop: processes, progress, averaged weights and checkpoints to resume from."""
 
 import os
-import shutil
+import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
+
+from tdm_train.checkpoints import Checkpoints
+from tdm_train.gates import refuse_not_finite
+
+Batch = TypeVar("Batch")
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
@@ -27,100 +35,129 @@ class Run:
     """One training run in `out`: iterate over `steps()`, call `update()` once per optimiser in each.
 
     Args:
-        out: folder of the run; checkpoints go to `out/checkpoint`.
-        iterations: how many steps the run has in all.
-        seed: of torch's generators, offset by the process's rank.
+        out: folder of the run; checkpoints go to `out/checkpoints`.
+        recipe: a frozen dataclass with `iterations`, how many steps the run has in all, and `seed`, of torch's generators,
+            which is offset by the process's rank.
         resume: go on from the last checkpoint; without one, or with False, start at step 0.
         checkpoint_minutes: time between checkpoints.
+        precision: of matrix products under autocast: bf16, fp16, or no.
+        tracker: where accelerate sends the numbers of every step: tensorboard (in `out/log`), or none.
     """
 
-    def __init__(self, out: Path, iterations: int, seed: int, resume: bool, checkpoint_minutes: float = 3.0):
-        self.out, self.iterations, self.resume = out, iterations, resume
+    def __init__(
+        self,
+        out: Path,
+        recipe: Any,
+        resume: bool,
+        checkpoint_minutes: float = 3.0,
+        precision: str = "bf16",
+        tracker: str = "none",
+    ):
+        self.out, self.iterations, self.resume = out, recipe.iterations, resume
         self.checkpoint_seconds = 60 * checkpoint_minutes
         use_cpu = not torch.cuda.is_available()
-        self.accelerator = Accelerator(cpu=use_cpu, mixed_precision="bf16")
+        self.accelerator = Accelerator(
+            cpu=use_cpu, mixed_precision=precision, project_dir=out, log_with=None if tracker == "none" else tracker
+        )
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
         self.averages: list[tuple[AveragedModel, nn.Module]] = []
         self.schedules: list[torch.optim.lr_scheduler.LambdaLR] = []
         self.first_step = 0
-        torch.manual_seed(seed * 1000 + self.rank)
+        self.checkpoints = Checkpoints(out / "checkpoints", self.accelerator, recipe)
+        if resume:
+            self.checkpoints.refuse_other_recipe()
+        random.seed(recipe.seed * 1000 + self.rank)
+        np.random.seed(recipe.seed * 1000 + self.rank)
+        torch.manual_seed(recipe.seed * 1000 + self.rank)
         out.mkdir(parents=True, exist_ok=True)
+        if tracker != "none":
+            self.accelerator.init_trackers("log")
 
     def prepare(
         self, module: nn.Module, lr: float, warmup: int, ema: float, **adamw
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Wraps a module for data parallelism and mixed precision and gives it AdamW, a cosine schedule and an average.
 
-        Only parameters that require gradients are trained. `ema` is the decay of the averaged weights (0 .. 1).
+        Only parameters that require gradients are trained. `ema` is the decay of the averaged weights (0 .. 1), 0 for none.
         """
-        average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(ema)).to(self.device)
+        module.to(self.device)
+        average = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema > 0 else None
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=lr, **adamw)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, self.iterations, warmup))
         wrapped, optimizer = self.accelerator.prepare(module, optimizer)
-        self.accelerator.register_for_checkpointing(schedule, average)
-        self.averages.append((average, module))
+        self.accelerator.register_for_checkpointing(schedule)
+        if average is not None:
+            self.accelerator.register_for_checkpointing(average)
+            self.averages.append((average, module))
         self.schedules.append(schedule)
         return wrapped, optimizer
 
+    def averaged(self, module: nn.Module) -> nn.Module:
+        """The module with averaged weights, or the module itself where it was prepared with ema=0."""
+        return next((average.module for average, live in self.averages if live is module), module)
+
     def steps(self) -> Iterator[int]:
         """Yields the step numbers still to do, with a progress bar and a checkpoint every few minutes and at the end."""
-        if self.resume and (self.checkpoint / "step").exists():
-            self.accelerator.load_state(str(self.checkpoint))
-            self.first_step = int((self.checkpoint / "step").read_text())
+        if self.resume:
+            self.first_step = self.checkpoints.load()
         self.bar = tqdm(
             total=self.iterations, initial=self.first_step, disable=self.rank > 0, dynamic_ncols=True, mininterval=2
         )
         saved = time.monotonic()
         for step in range(self.first_step, self.iterations):
+            self.step = step
             yield step
             self.bar.update()
             due = torch.tensor(time.monotonic() - saved > self.checkpoint_seconds, device=self.device)
-            if step % 20 == 19 and bool(self.accelerator.reduce(due.float())):
-                self.save(step + 1)
+            if bool(self.accelerator.reduce(due.float())):
+                self.checkpoints.save(step + 1)
                 saved = time.monotonic()
-        self.save(self.iterations)
+        self.checkpoints.save(self.iterations)
         self.bar.close()
+        self.accelerator.end_training()
 
     def update(self, loss: torch.Tensor, module: nn.Module, optimizer: torch.optim.Optimizer) -> float:
         """One optimiser step on `loss`; returns the gradient's norm before it was clipped to 1."""
         self.accelerator.backward(loss)
+        return self.step_optimizer(module, optimizer)
+
+    def micro_batches(self, batches: Sequence[Batch], module: nn.Module) -> Iterator[Batch]:
+        """Yields batches whose gradients add up; processes exchange those of `module` after the last alone."""
+        for index, batch in enumerate(batches):
+            with self.accelerator.no_sync(module) if index < len(batches) - 1 else nullcontext():
+                yield batch
+
+    def step_optimizer(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> float:
+        """One optimiser step on the gradients that there are; returns their norm before it was clipped to 1."""
         norm = self.accelerator.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
     def end_step(self, **numbers: float) -> None:
-        """Moves learning rates and averages on by one step and shows `numbers` behind the progress bar."""
+        """Moves learning rates and averages on by one step and shows `numbers`, which are means over the processes, behind the
+        progress bar and in the tracker. Raises BadRunError where one is not finite."""
+        names, values = list(numbers), torch.tensor(list(numbers.values()), device=self.device)
+        shown = dict(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+        refuse_not_finite(shown, self.step)
         for schedule in self.schedules:
             schedule.step()
         for average, module in self.averages:
             average.update_parameters(module)
-        self.bar.set_postfix({name: f"{value:.4g}" for name, value in numbers.items()}, refresh=False)
+        self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+        self.accelerator.log(shown, step=self.step)
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.out / "checkpoint"
 
-    def save(self, step: int) -> None:
-        """Saves everything a resumed run needs. A kill at any moment leaves either the old or the new checkpoint."""
-        fresh, old = self.out / "checkpoint.new", self.out / "checkpoint.old"
-        self.accelerator.save_state(str(fresh), safe_serialization=False)
-        self.accelerator.wait_for_everyone()
-        if self.rank == 0:
-            (fresh / "step").write_text(str(step))
-            shutil.rmtree(old, ignore_errors=True)
-            if self.checkpoint.exists():
-                self.checkpoint.rename(old)
-            fresh.rename(self.checkpoint)
-            shutil.rmtree(old, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+def default_processes() -> int:
+    """One process per GPU, or per core where there is none."""
+    return torch.cuda.device_count() or os.cpu_count() or 1
 
 
 def launch(train: Callable[..., None], processes: int, *arguments) -> None:
     """Calls `train(*arguments)` in `processes` data-parallel processes on this machine (in this process when it is 1)."""
-    if processes == 1:
+    if processes == 1 or "RANK" in os.environ:  # or `accelerate launch` has started the processes
         train(*arguments)
         return
     with socket.socket() as free:

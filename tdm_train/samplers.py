@@ -50,10 +50,18 @@ def student_sampler(scheduler: Any) -> Any:
     )
 
 
-def sampler_grid(scheduler: Any, nfe: int) -> list[float]:
-    """The timesteps at which a diffusers scheduler has the network evaluated in `nfe` steps, falling."""
+def sampler_grid(scheduler: Any, nfe: int, sigmas: list[float] | None = None) -> list[float]:
+    """The timesteps at which a diffusers scheduler has the network evaluated in `nfe` steps, falling.
+
+    sigmas: what it is told to stand on, which the flow-match sampler alone takes, and shifts; ValueError with any other.
+    """
     started = type(scheduler).from_config(scheduler.config)
-    started.set_timesteps(nfe)
+    if sigmas is None:
+        started.set_timesteps(nfe)
+    elif isinstance(started, FlowMatchEulerDiscreteScheduler):
+        started.set_timesteps(sigmas=sigmas)
+    else:
+        raise ValueError(f"student.json states sigmas={sigmas} for {nfe} NFE, legal with {type(started).__name__}: timesteps")
     if schedule_of(scheduler).prediction_type != "flow_prediction":
         return [float(t) for t in started.timesteps]
     return [float(sigma) * scheduler.config.num_train_timesteps for sigma in started.sigmas[:nfe]]

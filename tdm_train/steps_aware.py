@@ -43,13 +43,19 @@ class StepsAwareEmbedding(nn.Module):
 
 def make_steps_aware(network: nn.Module, nfe_set: tuple[int, ...]) -> None:
     """Gives a network a zero vector for each K of `nfe_set` (1 .. 64), in place."""
+    name, inner = timestep_embedding(network)
+    network.set_submodule(name, StepsAwareEmbedding(inner, new_k_embedding(network, nfe_set)))
+
+
+def new_k_embedding(network: nn.Module, nfe_set: tuple[int, ...]) -> torch.Tensor:
+    """Zero vectors [max(nfe_set) + 1, width] for a network's timestep embedding; raises ValueError where it can have none."""
     if not nfe_set or min(nfe_set) < 1 or max(nfe_set) > MAX_NFE:
         raise ValueError(f"NFE counts {nfe_set} are not all in 1 .. {MAX_NFE}")
     name, inner = timestep_embedding(network)
     if not isinstance(inner, TimestepEmbedding) or inner.post_act is not None or inner.linear_2.bias is None:
         raise ValueError(f"{type(network).__name__}.{name} is {inner}: legal is a plain TimestepEmbedding that ends in a bias")
     weight = inner.linear_2.weight
-    network.set_submodule(name, StepsAwareEmbedding(inner, weight.new_zeros(max(nfe_set) + 1, len(weight))))
+    return weight.new_zeros(max(nfe_set) + 1, len(weight))
 
 
 def fold(network: nn.Module, nfe: int) -> torch.Tensor:
@@ -64,11 +70,18 @@ def fold(network: nn.Module, nfe: int) -> torch.Tensor:
 
 def unfold(network: nn.Module, vectors: torch.Tensor, nfe: int) -> None:
     """The inverse of `fold`, in place: `vectors` [K + 1, width] as it returned them."""
+    _, inner = timestep_embedding(network)
+    assert isinstance(inner, TimestepEmbedding)
+    give_k_vectors(network, vectors)
+    inner.linear_2.bias.data -= vectors[nfe]
+
+
+def give_k_vectors(network: nn.Module, vectors: torch.Tensor) -> None:
+    """Makes a plain network steps-aware with these vectors [K + 1, width], in place."""
     name, inner = timestep_embedding(network)
     assert isinstance(inner, TimestepEmbedding)
     if vectors.shape[1:] != inner.linear_2.bias.shape:
         raise ValueError(f"K vectors are {list(vectors.shape)}, legal for this network: [K + 1, {len(inner.linear_2.bias)}]")
-    inner.linear_2.bias.data -= vectors[nfe]
     network.set_submodule(name, StepsAwareEmbedding(inner, vectors.clone()))
 
 

@@ -3,6 +3,7 @@
 A recipe that exists is legal: whatever is not raises ValueError when it is made, before any work.
 """
 
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -14,25 +15,51 @@ from tdm_train.query import Interval, draw_landing, draw_tau
 from tdm_train.schedule import TRAIN_TIMESTEPS, grid
 from tdm_train.targets import FakeTarget
 
+Precision = Literal["no", "fp16", "bf16"]
+STATED_APART = ("name", "teacher", "base", "revision", "family", "nfe", "text_length", "frames", "fps")
+
 
 @dataclass(frozen=True)
 class TdmRecipe:
     """Trajectory Distribution Matching of a teacher into a steps-aware student. The batch size is per process.
 
-    nfe: the K set of the student. A grid is g_i = last_timestep * i/K, or the one of `grids` with K values, which fall
-    (CogVideoX-2B: `((999, 856, 665, 399),)`); under alphas_cumprod it is rounded down, so that last_timestep=899 gives the
-    public demo's 899, 674, 449, 224.
+    name: the student's. teacher: a diffusers folder, or a hub id at `revision`; base: what student.json says it is, where
+    nothing its name. family: of the teacher, as the numbers are for; nothing for any.
+    prompts: a file (see read_prompts), or how many captions of the scenes world.
+    text_length: tokens that prompts are padded to, as student.json has it.
+    sizes: "WIDTHxHEIGHT" in pixels, trained for equally many iterations one after the other; the last is the student's, and
+    without any it is the teacher's own. frames, fps: of videos, 0 for pictures.
+    nfe: the K set of the student; one K alone needs no K-conditioning and gets none. A grid is g_i = last_timestep * i/K, or
+    the one of `grids` with K values, which fall (CogVideoX-2B: `((999, 856, 665, 399),)`); under alphas_cumprod it is rounded
+    down, so that last_timestep=899 gives the public demo's 899, 674, 449, 224. shift: of a flow's grid, at u = g_i/1000
+    shift*u / (1 + (shift - 1)*u).
     ladder: K of the first rungs of `ladder_iterations` each, before the K set (16, 8 before 4).
     random_landing: the student's step lands between its grid's times (`randmid`).
     importance_clip: 1 leaves the importance weight out.
     teacher_weight: of the regulariser towards the teacher, in the velocity loss alone.
     teacher_warmup: iterations in which the student learns the guided teacher's x0 at its own states; `warmup` is the
     learning rates'.
+    betas: AdamW's, of student and fake score. ema: the decay of the student's averaged weights, 0 for none.
+    weights: `full`, three networks; `lora`, adapters of `rank`, scaled by alpha / rank, on the modules whose names end in one
+    of `targets`, over ONE frozen network, which is the teacher and in half the bytes where `precision` is bf16 or fp16.
+    precision: of matrix products under autocast; what is trained is float32.
+    accumulation: micro-batches of `batch` samples in an iteration. gradient_checkpointing: activations are computed again in
+    the backward pass, in place of being kept.
     """
 
+    name: str = "scenes"
     teacher: str = "tdm_train/scenes/teacher"
+    revision: str = "1"
+    base: str = "fewstep scenes teacher"
+    family: Literal["", "pixart", "stable_diffusion", "sdxl", "sd3", "cogvideox"] = ""
+    prompts: int | str = 20_000
+    text_length: int = 32
+    sizes: tuple[str, ...] = ()
+    frames: int = 0
+    fps: int = 0
     nfe: tuple[int, ...] = (1, 2, 3, 4)
     last_timestep: float = 999.0
+    shift: float = 1.0
     grids: tuple[tuple[float, ...], ...] = ()
     ladder: tuple[int, ...] = ()
     ladder_iterations: int = 0
@@ -45,12 +72,18 @@ class TdmRecipe:
     teacher_weight: float = 0.02
     rho: Rho = "huber_elementwise"
     teacher_warmup: int = 0
-    prompts: int = 20_000
-    text_length: int = 32
     iterations: int = 2000
     batch: int = 64
+    accumulation: int = 1
+    gradient_checkpointing: bool = False
+    precision: Precision = "bf16"
+    weights: Literal["full", "lora"] = "full"
+    rank: int = 64
+    alpha: int = 64
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     student_lr: float = 3e-4
     fake_lr: float = 1e-3
+    betas: tuple[float, ...] = (0.0, 0.999)
     warmup: int = 30
     ema: float = 0.99
     seed: int = 4
@@ -59,6 +92,7 @@ class TdmRecipe:
         for field in fields(self):
             if get_origin(field.type) is Literal and getattr(self, field.name) not in get_args(field.type):
                 self.refuse(field.name, f"one of {', '.join(get_args(field.type))}")
+        self.check_teacher()
         self.check_iterations()
         self.check_weights()
         self.check_grids()
@@ -70,6 +104,18 @@ class TdmRecipe:
 
     def refuse(self, name: str, legal: str) -> None:
         raise ValueError(f"{name}={getattr(self, name)!r}, legal: {legal}")
+
+    def check_teacher(self) -> None:
+        if isinstance(self.prompts, int) and self.prompts < 1:
+            self.refuse("prompts", "1 caption of the scenes world or more, or a file of prompts")
+        for size in self.sizes:
+            if not re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", size):
+                self.refuse("sizes", "a tuple of sizes in pixels, such as ('512x512', '1024x1024')")
+        for name in ("text_length", "batch", "accumulation", "rank", "alpha"):
+            if getattr(self, name) < 1:
+                self.refuse(name, "1 or more")
+        if (self.frames > 0) != (self.fps > 0) or min(self.frames, self.fps) < 0:
+            raise ValueError(f"frames={self.frames} and fps={self.fps}, legal: both above 0 for videos, both 0 for pictures")
 
     def check_iterations(self) -> None:
         if self.iterations < 0:
@@ -84,6 +130,10 @@ class TdmRecipe:
     def check_weights(self) -> None:
         if not self.importance_clip >= 1:
             self.refuse("importance_clip", "1 (no importance weight) or more")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            self.refuse("betas", "two values from 0 to below 1")
+        if not 0 <= self.ema < 1:
+            self.refuse("ema", "0 (no average) to below 1")
         if not self.teacher_weight >= 0:
             self.refuse("teacher_weight", "0 or more")
         if self.fake_loss != "velocity" and self.teacher_weight != type(self).teacher_weight:
@@ -98,6 +148,8 @@ class TdmRecipe:
             self.refuse("nfe", "one NFE count or more")
         if not 0 < self.last_timestep <= TRAIN_TIMESTEPS:
             self.refuse("last_timestep", f"above 0 and up to {TRAIN_TIMESTEPS}")
+        if not self.shift > 0:
+            self.refuse("shift", "above 0; 1 shifts nothing")
         if not all(isinstance(times, (tuple, list)) for times in self.grids):
             self.refuse("grids", "a tuple of grids, such as ((999, 856, 665, 399),)")
         sizes = [len(times) for times in self.grids]
@@ -125,7 +177,21 @@ class TdmRecipe:
     def grid(self, nfe: int) -> list[float]:
         """The timesteps of a trajectory of `nfe` evaluations, rising from 0: `nfe` + 1 values."""
         stated = {len(times): times for times in self.grids}
-        return [0.0, *map(float, reversed(stated[nfe]))] if nfe in stated else grid(nfe, self.last_timestep)
+        if nfe in stated:
+            return [0.0, *map(float, reversed(stated[nfe]))]
+        even = [t / TRAIN_TIMESTEPS for t in grid(nfe, self.last_timestep)]
+        if self.shift == 1:
+            return grid(nfe, self.last_timestep)
+        return [TRAIN_TIMESTEPS * self.shift * u / (1 + (self.shift - 1) * u) for u in even]
+
+    @property
+    def steps_aware(self) -> bool:
+        """Whether student and fake score are told K: with one K in all there is nothing to tell."""
+        return len({*self.nfe, *self.ladder}) > 1
+
+    def size_at(self, step: int) -> str | None:
+        """The size of iteration `step`; None for the teacher's own."""
+        return self.sizes[min(step * len(self.sizes) // self.iterations, len(self.sizes) - 1)] if self.sizes else None
 
     def nfe_at(self, step: int) -> tuple[int, ...]:
         """The K to draw from in iteration `step`: the rung of the ladder, and after it the K set."""
@@ -133,5 +199,6 @@ class TdmRecipe:
         return self.ladder[rung : rung + 1] or self.nfe
 
     def objective(self) -> dict[str, Any]:
-        """Every field that says how the student was taught, for student.json: all but the teacher's folder."""
-        return {name: value for name, value in asdict(self).items() if name not in ("teacher", "nfe", "text_length")}
+        """Every field that says how the student was taught, for student.json: all but what it says itself, and no folder."""
+        told = asdict(self) | ({"prompts": Path(self.prompts).name} if isinstance(self.prompts, str) else {})
+        return {name: value for name, value in told.items() if name not in STATED_APART}

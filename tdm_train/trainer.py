@@ -1,19 +1,17 @@
 """TDM: the loop, readable from top to bottom. In every iteration the fake score learns first, then the student."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from tdm_train.backbones import backbone_of
-from tdm_train.backbones.sizes import pixel_scale
-from tdm_train.checkpoint import denoiser_of, open_pipeline, save_student
-from tdm_train.denoiser import Denoiser, Text
-from tdm_train.description import Description
+from tdm_train.backbones import backbone_named, backbone_of
+from tdm_train.backbones.sizes import own_size
+from tdm_train.checkpoint import denoiser_of, open_pipeline, pipeline_config
+from tdm_train.denoiser import Text
+from tdm_train.draws import draw, draw_nfe
 from tdm_train.losses import (
     importance_weight,
     student_loss,
@@ -22,85 +20,85 @@ from tdm_train.losses import (
     warm_up_loss,
     x0_minsnr_loss,
 )
-from tdm_train.prompts import encode_empty, encode_prompts
+from tdm_train.prompts import encode_empty, read_prompts
 from tdm_train.query import Query, draw_landing, draw_tau, query
+from tdm_train.roles import Roles, lora_config, refuse_beyond
 from tdm_train.rollout import guided_x0, rollout
 from tdm_train.run import Run
-from tdm_train.samplers import sampler_grid, student_sampler
 from tdm_train.scenes.prompts import scenes_prompts
-from tdm_train.schedule import NoiseSchedule
-from tdm_train.steps_aware import make_steps_aware
+from tdm_train.shared_base import refuse_unknown_targets
+from tdm_train.student_folder import describe, write_student
 from tdm_train.targets import fake_target
 from tdm_train.tdm_recipe import TdmRecipe
+from tdm_train.text_cache import cached_prompts, free_text_encoders, text_parts
 
 
 def train_tdm(recipe: TdmRecipe, out: Path, resume: bool) -> None:
     """Distils `recipe.teacher` into a steps-aware student, from prompts alone, and saves `out/student`."""
-    run = Run(out, recipe.iterations, recipe.seed, resume)
-    pipeline = open_pipeline(recipe.teacher)
-    roles, description = Roles.of(pipeline, recipe, run), describe(recipe, pipeline)
-    prompts = Prompts.of(pipeline, recipe, description, run)
+    prompts = prompts_of(recipe)
+    refuse_other_family(recipe)
+    run = Run(out, recipe, resume, precision=recipe.precision)
+    pipeline = open_pipeline(recipe.teacher, recipe.revision)
+    refuse_what_the_teacher_cannot_do(recipe, pipeline)
+    texts = Texts.of(pipeline, prompts, recipe, run)
+    roles = Roles.of(pipeline, recipe, run)
     for step in run.steps():
         with run.accelerator.autocast():
-            batch = draw_batch(roles, prompts, recipe, run, step)
-            fake_loss, importance = update_fake_score(roles, batch, recipe, run)
-            update = warm_up_student if step < recipe.teacher_warmup else update_student
-            loss = update(roles, batch, recipe, run)
+            batches = draw_batches(pipeline, roles, texts, recipe, run, step)
+            fake_loss, importance = update_fake_score(roles, batches, recipe, run)
+            loss = update_student(roles, batches, recipe, run, warm_up=step < recipe.teacher_warmup)
         run.end_step(fake=fake_loss, student=loss, importance=importance)
     if run.rank == 0:
-        save_student(pipeline, run.averages[0][0].module.network, description, out / "student")
+        write_student(recipe, run.averaged(roles.student), out)
+
+
+def prompts_of(recipe: TdmRecipe) -> list[str]:
+    """The prompts of a recipe: captions of the scenes world, or those of a file."""
+    if isinstance(recipe.prompts, int):
+        return scenes_prompts(recipe.prompts, recipe.seed)
+    if not recipe.prompts:
+        raise ValueError("prompts='', legal: a text file with one prompt per line, or a .jsonl file: --set prompts=FILE")
+    return read_prompts(Path(recipe.prompts))
+
+
+def refuse_other_family(recipe: TdmRecipe) -> None:
+    """Raises ValueError for a teacher that is none, or is not of the family that the recipe's numbers are for."""
+    if not recipe.teacher:
+        raise ValueError("teacher='', legal: a diffusers folder, or a hub id such as owner/name: --set teacher=FOLDER")
+    found = pipeline_config(recipe.teacher, recipe.revision)["_class_name"]
+    if recipe.family and recipe.family != backbone_named(found).FAMILY:
+        raise ValueError(f"{recipe.teacher} is a {found}, this recipe is for {recipe.family}; the recipe tdm is for any")
+
+
+def refuse_what_the_teacher_cannot_do(recipe: TdmRecipe, pipeline: Any) -> None:
+    """Raises ValueError for grids, targets or sizes that the opened teacher has no room for."""
+    denoiser = denoiser_of(pipeline)
+    refuse_beyond(denoiser.schedule, recipe)
+    if recipe.weights == "lora":
+        refuse_unknown_targets(denoiser.network, lora_config(recipe))
+    for size in recipe.sizes or [own_size(pipeline)]:
+        latent_shape(recipe, pipeline, size)
+    describe(recipe, pipeline)
 
 
 @dataclass(frozen=True)
-class Roles:
-    """The three networks, and what trains two of them: `*_step` is the network to call when gradients are wanted."""
+class Texts:
+    """Every prompt of the run, encoded, and the empty one, once for each sample of a micro-batch."""
 
-    teacher: Denoiser
-    student: Denoiser
-    fake_score: Denoiser
-    student_step: nn.Module
-    fake_step: nn.Module
-    student_optimizer: torch.optim.Optimizer
-    fake_optimizer: torch.optim.Optimizer
-
-    @staticmethod
-    def of(pipeline: Any, recipe: TdmRecipe, run: Run) -> "Roles":
-        """Student and fake score start as the teacher."""
-        teacher = denoiser_of(pipeline).requires_grad_(False).to(run.device)
-        refuse_beyond(teacher.schedule, recipe)
-        student, fake_score = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher).requires_grad_(True)
-        adamw = {"betas": (0.0, 0.999), "weight_decay": 0.0}
-        for denoiser in (student, fake_score):
-            make_steps_aware(denoiser.network, (*recipe.nfe, *recipe.ladder))
-        student_step, student_optimizer = run.prepare(student, recipe.student_lr, recipe.warmup, recipe.ema, **adamw)
-        fake_step, fake_optimizer = run.prepare(fake_score, recipe.fake_lr, recipe.warmup, 0.0, **adamw)
-        return Roles(teacher, student, fake_score, student_step, fake_step, student_optimizer, fake_optimizer)
-
-
-def refuse_beyond(schedule: NoiseSchedule, recipe: TdmRecipe) -> None:
-    """Raises ValueError for grids that start above the last of the schedule's timesteps."""
-    last = schedule.train_timesteps - (schedule.alphas_cumprod is not None)
-    for nfe in (*recipe.nfe, *recipe.ladder):
-        if recipe.grid(nfe)[-1] > last:
-            raise ValueError(
-                f"the grid of {nfe} NFE starts at {recipe.grid(nfe)[-1]:g}, legal: up to {last} for {schedule.prediction_type}"
-            )
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Every prompt of the run, encoded, the empty one once per sample of a batch, and the shape of a batch's latents."""
-
-    texts: Text
+    prompts: Text
     empty: Text
-    latent_shape: tuple[int, ...]
 
     @staticmethod
-    def of(pipeline: Any, recipe: TdmRecipe, description: Description, run: Run) -> "Prompts":
-        texts = encode_prompts(pipeline, scenes_prompts(recipe.prompts, recipe.seed), recipe.text_length)
+    def of(pipeline: Any, prompts: list[str], recipe: TdmRecipe, run: Run) -> "Texts":
+        """Encodes, or reads what is in the cache beside the run's folder; the pipeline's text encoders are freed."""
+        for encoder in text_parts(pipeline).values():
+            if isinstance(encoder, nn.Module):
+                encoder.to(run.device)
+        with run.accelerator.main_process_first(), torch.no_grad():
+            texts = cached_prompts(pipeline, prompts, recipe.text_length, run.out.parent / "text_cache")
         empty = encode_empty(pipeline, recipe.text_length).select(torch.zeros(recipe.batch, dtype=torch.int64)).to(run.device)
-        width, height = map(int, description.sizes[0].split("x"))
-        return Prompts(texts, empty, (recipe.batch, *backbone_of(pipeline).latent_shape(pipeline, width, height)))
+        free_text_encoders(pipeline)
+        return Texts(texts, empty)
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,7 @@ class Batch:
     """One step of a trajectory per sample: from `start` down to `landing` (timesteps [B]) on a grid from `terminal`.
 
     x_t, x0, eps: state at `start` and what the student predicted there, without gradients, float32 [B, C, h, w];
-    nfe: int64 [B].
+    nfe: int64 [B]; fake_noise, fake_tau, student_noise, student_tau: of the two score queries, as in Draws.
     """
 
     text: Text
@@ -120,96 +118,111 @@ class Batch:
     x_t: torch.Tensor
     x0: torch.Tensor
     eps: torch.Tensor
+    fake_noise: torch.Tensor
+    fake_tau: torch.Tensor
+    student_noise: torch.Tensor
+    student_tau: torch.Tensor
 
 
-def draw_batch(roles: Roles, prompts: Prompts, recipe: TdmRecipe, run: Run, step: int) -> Batch:
-    """Prompts and one K at random, the student's trajectories for them, and one step of each at random."""
-    schedule, device, size = roles.student.schedule, run.device, recipe.batch
-    rng = np.random.Generator(np.random.Philox(key=[recipe.seed, step * run.processes + run.rank]))
-    rows = torch.from_numpy(rng.integers(len(prompts.texts.emb), size=size))
-    text = prompts.texts.select(rows).to(device)
-    nfe = int(rng.choice(recipe.nfe_at(step)))
-    times = torch.tensor(recipe.grid(nfe), device=device)
-    i = torch.from_numpy(rng.integers(1, nfe + 1, size=size)).to(device)
-    trajectory = rollout(roles.student, schedule, torch.randn(prompts.latent_shape, device=device), text, times)
-    start, landing = times[i], times[i - 1]
+def draw_batches(pipeline: Any, roles: Roles, texts: Texts, recipe: TdmRecipe, run: Run, step: int) -> list[Batch]:
+    """This process's micro-batches of an iteration, all of one K."""
+    shape = latent_shape(recipe, pipeline, recipe.size_at(step) or own_size(pipeline))
+    nfe = draw_nfe(recipe.seed, step, recipe.nfe_at(step))
+    first = run.rank * recipe.accumulation * recipe.batch
+    starts = range(first, first + recipe.accumulation * recipe.batch, recipe.batch)
+    return [draw_batch(roles, texts, recipe, step, range(start, start + recipe.batch), nfe, shape) for start in starts]
+
+
+def latent_shape(recipe: TdmRecipe, pipeline: Any, size: str) -> tuple[int, ...]:
+    """The shape of the latents of a picture of this size, (C, h, w), or of a video, (F, C, h, w)."""
+    width, height = map(int, size.split("x"))
+    shape: tuple[int, ...] = backbone_of(pipeline).latent_shape(pipeline, width, height, recipe.frames or None)
+    return shape
+
+
+def draw_batch(
+    roles: Roles, texts: Texts, recipe: TdmRecipe, step: int, samples: range, nfe: int, shape: tuple[int, ...]
+) -> Batch:
+    """Prompts at random, the student's trajectories for them, and one step of each at random."""
+    device = texts.empty.emb.device
+    drawn = draw(recipe.seed, step, samples, len(texts.prompts.emb), nfe, shape, device)
+    text, times = texts.prompts.select(drawn.row.cpu()).to(device), torch.tensor(recipe.grid(nfe), device=device)
+    trajectory = rollout(roles.student, roles.schedule, drawn.noise, text, times)
+    start, landing = times[drawn.i], times[drawn.i - 1]
     if recipe.random_landing:
-        landing = draw_landing(landing, start, torch.rand_like(start))
-    return Batch(text, prompts.empty, torch.full_like(i, nfe), start, landing, times[-1], *trajectory.at(i))
+        landing = draw_landing(landing, start, drawn.landing)
+    state = trajectory.at(drawn.i)
+    queries = drawn.fake_noise, drawn.fake_tau, drawn.student_noise, drawn.student_tau
+    return Batch(text, texts.empty, torch.full_like(drawn.i, nfe), start, landing, times[-1], *state, *queries)
 
 
-def ask(roles: Roles, batch: Batch, x0: torch.Tensor, eps: torch.Tensor, recipe: TdmRecipe) -> Query:
-    """The score query of a student's prediction at (batch.x_t, batch.start), at a random tau."""
-    uniform = torch.rand_like(batch.start)
+def ask(
+    roles: Roles,
+    batch: Batch,
+    x0: torch.Tensor,
+    eps: torch.Tensor,
+    uniform: torch.Tensor,
+    noise: torch.Tensor,
+    recipe: TdmRecipe,
+) -> Query:
+    """The score query of a student's prediction at (batch.x_t, batch.start), at the tau that `uniform` [B] stands for."""
     tau = draw_tau(recipe.interval, batch.landing, batch.start, batch.terminal, uniform)
-    return query(roles.student.schedule, x0, eps, batch.landing, tau, torch.randn_like(x0))
+    return query(roles.schedule, x0, eps, batch.landing, tau, noise)
 
 
-def update_fake_score(roles: Roles, batch: Batch, recipe: TdmRecipe, run: Run) -> tuple[float, float]:
-    """Teaches the fake score where the student's trajectories are; the rollout's predictions save the student's forward.
+def update_fake_score(roles: Roles, batches: list[Batch], recipe: TdmRecipe, run: Run) -> tuple[float, float]:
+    """Teaches the fake score where the student's trajectories are; returns the loss and the mean importance weight."""
+    losses, weights = [], []
+    for batch in run.micro_batches(batches, roles.fake_step):
+        loss, importance = fake_score_loss(roles, batch, recipe)
+        run.accelerator.backward(loss / len(batches))
+        losses.append(float(loss.detach()))
+        weights.append(float(importance.mean()))
+    run.step_optimizer(roles.fake_step, roles.fake_optimizer)
+    return sum(losses) / len(losses), sum(weights) / len(weights)
 
-    Returns the loss and the mean importance weight.
-    """
-    schedule, asked = roles.student.schedule, ask(roles, batch, batch.x0, batch.eps, recipe)
-    target, importance = fake_target(recipe.fake_target, asked, schedule), importance_weight(asked, recipe.importance_clip)
+
+def fake_score_loss(roles: Roles, batch: Batch, recipe: TdmRecipe) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> loss and importance weights [B]. The rollout's predictions save the student's forward."""
+    asked = ask(roles, batch, batch.x0, batch.eps, batch.fake_tau, batch.fake_noise, recipe)
+    target, importance = (
+        fake_target(recipe.fake_target, asked, roles.schedule),
+        importance_weight(asked, recipe.importance_clip),
+    )
     fake = roles.fake_step(asked.x_tau, asked.tau, batch.text, batch.nfe)
     loss_of = x0_minsnr_loss if recipe.fake_loss == "x0_minsnr" else velocity_loss
-    loss = loss_of(fake, target, asked.tau, schedule, importance * target.weight)
+    loss = loss_of(fake, target, asked.tau, roles.schedule, importance * target.weight)
     if recipe.fake_loss == "velocity" and recipe.teacher_weight > 0:
         with torch.no_grad():
             teacher = roles.teacher(asked.x_tau, asked.tau, batch.text)
-        loss = loss + teacher_regulariser(fake, teacher, asked.tau, schedule, recipe.teacher_weight)
-    run.update(loss, roles.fake_step, roles.fake_optimizer)
-    return float(loss.detach()), float(importance.mean())
+        loss = loss + teacher_regulariser(fake, teacher, asked.tau, roles.schedule, recipe.teacher_weight)
+    return loss, importance
 
 
-def update_student(roles: Roles, batch: Batch, recipe: TdmRecipe, run: Run) -> float:
-    """Moves the student's x0 along teacher minus fake score, both asked at its own noised step; returns the loss."""
-    asked = ask(roles, batch, *roles.student_step(batch.x_t, batch.start, batch.text, batch.nfe), recipe)
+def update_student(roles: Roles, batches: list[Batch], recipe: TdmRecipe, run: Run, warm_up: bool) -> float:
+    """Moves the student by TDM's loss, or by the warm-up's; returns the loss."""
+    losses = []
+    for batch in run.micro_batches(batches, roles.student_step):
+        loss = (warm_up_loss_of if warm_up else student_loss_of)(roles, batch, recipe)
+        run.accelerator.backward(loss / len(batches))
+        losses.append(float(loss.detach()))
+    run.step_optimizer(roles.student_step, roles.student_optimizer)
+    return sum(losses) / len(losses)
+
+
+def student_loss_of(roles: Roles, batch: Batch, recipe: TdmRecipe) -> torch.Tensor:
+    """The student's x0 against teacher minus fake score, both asked at its own noised step."""
+    x0, eps = roles.student_step(batch.x_t, batch.start, batch.text, batch.nfe)
+    asked = ask(roles, batch, x0, eps, batch.student_tau, batch.student_noise, recipe)
     x_tau = asked.x_tau.detach()
+    teacher_x0 = guided_x0(roles.teacher, x_tau, asked.tau, batch.text, batch.empty, recipe.guidance)
     with torch.no_grad():
-        teacher_x0 = guided_x0(roles.teacher, x_tau, asked.tau, batch.text, batch.empty, recipe.guidance)
         fake_x0, _ = roles.fake_score(x_tau, asked.tau, batch.text, batch.nfe)
-    loss = student_loss(asked, teacher_x0, fake_x0, recipe.rho)
-    run.update(loss, roles.student_step, roles.student_optimizer)
-    return float(loss.detach())
+    return student_loss(asked, teacher_x0, fake_x0, recipe.rho)
 
 
-def warm_up_student(roles: Roles, batch: Batch, recipe: TdmRecipe, run: Run) -> float:
-    """Regresses the student's x0 onto the guided teacher's at the student's own states; returns the loss."""
+def warm_up_loss_of(roles: Roles, batch: Batch, recipe: TdmRecipe) -> torch.Tensor:
+    """The student's x0 against the guided teacher's at the student's own states."""
     x0, _ = roles.student_step(batch.x_t, batch.start, batch.text, batch.nfe)
     teacher_x0 = guided_x0(roles.teacher, batch.x_t, batch.start, batch.text, batch.empty, recipe.guidance)
-    loss = warm_up_loss(x0, teacher_x0, recipe.rho)
-    run.update(loss, roles.student_step, roles.student_optimizer)
-    return float(loss.detach())
-
-
-def describe(recipe: TdmRecipe, pipeline: Any) -> Description:
-    """What student.json says of how the student of `pipeline` is made and must be run."""
-    side = pipeline.transformer.config.sample_size * pixel_scale(pipeline)
-    return Description(
-        name="scenes",
-        family=backbone_of(pipeline).FAMILY,
-        base="fewstep scenes teacher",
-        revision="1",
-        nfe=sorted(recipe.nfe),
-        default_nfe=max(recipe.nfe),
-        text_length=recipe.text_length,
-        sizes=[f"{side}x{side}"],
-        timesteps=stated_grids(recipe, pipeline) or None,
-        k_conditioning=True,
-        adapter_scale=None,
-        training={"method": "TDM (arXiv 2503.06674), steps-aware", **recipe.objective()},
-    )
-
-
-def stated_grids(recipe: TdmRecipe, pipeline: Any) -> dict[int, list[float]]:
-    """NFE -> timesteps, falling, of the grids that are not the student's sampler's own."""
-    sampler, stated = student_sampler(pipeline.scheduler), {}
-    for nfe in recipe.nfe:
-        times = recipe.grid(nfe)[:0:-1]
-        if denoiser_of(pipeline).schedule.alphas_cumprod is not None:
-            times = [float(int(t)) for t in times]  # of t only the whole part counts
-        if not np.allclose(times, sampler_grid(sampler, nfe), rtol=0, atol=1e-3):
-            stated[nfe] = times
-    return stated
+    return warm_up_loss(x0, teacher_x0, recipe.rho)

@@ -33,7 +33,7 @@ from tdm_train.scenes.autoencoder import new_autoencoder
 from tdm_train.scenes.teacher import TeacherLoss, new_transformer, save_teacher
 from tdm_train.scenes.text_encoder import new_text_encoder, new_tokenizer
 from tdm_train.steps_aware import make_steps_aware, timestep_embedding
-from tdm_train.trainer import describe
+from tdm_train.student_folder import describe
 from tests.conftest import ROOT, start_server
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fewstep import app, with_changes
-from tdm_train.prompts import read_prompts
 from tdm_train.recipes import RECIPES, TdmRecipe
 from tdm_train.run import Run, cosine, launch
 
@@ -23,15 +23,21 @@ class InterruptionError(Exception):
     """Stands for a killed process."""
 
 
+@dataclass(frozen=True)
+class LineRecipe:
+    iterations: int
+    seed: int = 0
+
+
 def train_line(out: Path, iterations: int, resume: bool, stop_at: int | None = None) -> None:
     """Fits a line; with `stop_at` it saves and dies before that step."""
-    run = Run(out, iterations, seed=0, resume=resume)
+    run = Run(out, LineRecipe(iterations), resume)
     torch.manual_seed(1)
     module = torch.nn.Linear(2, 1)
     wrapped, optimizer = run.prepare(module, lr=0.1, warmup=2, ema=0.9)
     for step in run.steps():
         if step == stop_at:
-            run.save(step)
+            run.checkpoints.save(step)
             raise InterruptionError
         x = torch.full((4, 2), float(step % 3))
         loss = (wrapped(x).float() - x.sum(1, keepdim=True)).square().mean()
@@ -84,7 +90,7 @@ def test_changes_that_are_legal_together_alone_are_taken_in_any_order() -> None:
     ("arguments", "said"),
     [
         (["nope", "--out", "x"], "recipe 'nope' is not one of scenes_evaluator, scenes_vae, scenes_text_encoder,"),
-        (["scenes_tdm", "--out", "x", "--set", "stepz=4"], "legal are field=value with a field of teacher, nfe"),
+        (["scenes_tdm", "--out", "x", "--set", "stepz=4"], "legal are field=value with a field of name, teacher"),
         (["scenes_tdm", "--out", "x", "--set", "iterations=many"], "iterations takes int values"),
         (["scenes_tdm", "--out", "x", "--set", "iterations=2.5"], "iterations takes int values"),
         (["scenes_tdm", "--out", "x", "--set", "random_landing=1"], "random_landing takes bool values"),
@@ -101,21 +107,10 @@ def test_a_bad_run_is_refused_in_one_line_before_any_work(arguments: list[str], 
 
 
 def test_a_second_run_in_the_same_folder_asks_for_resume(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoints").mkdir()
     result = CliRunner().invoke(app, ["train", "scenes_tdm", "--out", str(tmp_path)])
     assert result.exit_code == 1
     assert "pass --resume to go on with it" in result.stderr
-
-
-def test_prompt_files_must_be_text_and_hold_prompts(tmp_path: Path) -> None:
-    (tmp_path / "good.txt").write_text("a red star\n\n  a ring \n")
-    assert read_prompts(tmp_path / "good.txt") == ["a red star", "a ring"]
-    (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(ValueError, match=r"empty\.txt holds no prompts"):
-        read_prompts(tmp_path / "empty.txt")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="is not UTF-8 text"):
-        read_prompts(tmp_path / "binary.txt")
 
 
 def test_workers_end_when_the_process_that_started_them_is_killed(tmp_path: Path) -> None:

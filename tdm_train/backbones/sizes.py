@@ -29,6 +29,13 @@ def latent_size(pipeline: Any, width: int, height: int, patch: int) -> tuple[int
     return height // scale, width // scale
 
 
+def own_size(pipeline: Any) -> str:
+    """ "WIDTHxHEIGHT" in pixels of what the pipeline's network was trained on, as its configuration says."""
+    config = (getattr(pipeline, "unet", None) or pipeline.transformer).config
+    width, height = (config.get(side) or config.sample_size for side in ("sample_width", "sample_height"))
+    return f"{width * pixel_scale(pipeline)}x{height * pixel_scale(pipeline)}"
+
+
 def refuse_frames(frames: int | None) -> None:
     """Raises ValueError where a picture is asked for a number of frames."""
     if frames is not None:

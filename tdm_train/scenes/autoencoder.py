@@ -87,7 +87,7 @@ def draw_crops(first_seed: int, batch: int, size: int, object_weight: float) -> 
 
 def train_autoencoder(recipe: AutoencoderRecipe, out: Path, resume: bool) -> None:
     """Trains on crops around objects, then on whole images, and saves the averaged weights to `out/vae`."""
-    run = Run(out, recipe.iterations, recipe.seed, resume)
+    run = Run(out, recipe, resume)
     vae = new_autoencoder().to(memory_format=torch.channels_last)
     loss_of, optimizer = run.prepare(AutoencoderLoss(vae, recipe), recipe.lr, recipe.warmup, recipe.ema, betas=(0.9, 0.99))
     smooth = 0.01

@@ -109,7 +109,7 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text_encoder: T5EncoderModel
 
 def train_teacher(recipe: TeacherRecipe, out: Path, resume: bool) -> None:
     """Encodes the training scenes with the autoencoder of `recipe.vae`, trains, and saves a diffusers pipeline folder."""
-    run = Run(out, recipe.iterations, recipe.seed, resume)
+    run = Run(out, recipe, resume)
     vae = AutoencoderKL.from_pretrained(recipe.vae).to(memory_format=torch.channels_last)
     vae.set_attn_processor(AttnProcessor())
     text_encoder = T5EncoderModel.from_pretrained(recipe.text_encoder, dtype=torch.float32).to(run.device).eval()
