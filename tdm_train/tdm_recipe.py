@@ -16,7 +16,7 @@ from tdm_train.schedule import TRAIN_TIMESTEPS, grid
 from tdm_train.targets import FakeTarget
 
 Precision = Literal["no", "fp16", "bf16"]
-STATED_APART = ("name", "teacher", "base", "revision", "family", "nfe", "text_length", "frames", "fps")
+STATED_APART = ("checkpoint_minutes", "name", "teacher", "base", "revision", "family", "nfe", "text_length", "frames", "fps")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class TdmRecipe:
     teacher_warmup: iterations in which the student learns the guided teacher's x0 at its own states; `warmup` is the
     learning rates'.
     betas: AdamW's, of student and fake score. ema: the decay of the student's averaged weights, 0 for none.
+    checkpoint_minutes: time between checkpoints.
     weights: `full`, three networks; `lora`, adapters of `rank`, scaled by alpha / rank, on the modules whose names end in one
     of `targets`, over ONE frozen network, which is the teacher and in half the bytes where `precision` is bf16 or fp16.
     precision: of matrix products under autocast; what is trained is float32.
@@ -73,6 +74,7 @@ class TdmRecipe:
     rho: Rho = "huber_elementwise"
     teacher_warmup: int = 0
     iterations: int = 2000
+    checkpoint_minutes: float = 3.0
     batch: int = 64
     accumulation: int = 1
     gradient_checkpointing: bool = False
@@ -114,6 +116,8 @@ class TdmRecipe:
         for name in ("text_length", "batch", "accumulation", "rank", "alpha"):
             if getattr(self, name) < 1:
                 self.refuse(name, "1 or more")
+        if not self.checkpoint_minutes >= 0:
+            self.refuse("checkpoint_minutes", "0 (after every iteration) or more")
         if (self.frames > 0) != (self.fps > 0) or min(self.frames, self.fps) < 0:
             raise ValueError(f"frames={self.frames} and fps={self.fps}, legal: both above 0 for videos, both 0 for pictures")
 

@@ -37,7 +37,7 @@ def train_tdm(recipe: TdmRecipe, out: Path, resume: bool) -> None:
     """Distils `recipe.teacher` into a steps-aware student, from prompts alone, and saves `out/student`."""
     prompts = prompts_of(recipe)
     refuse_other_family(recipe)
-    run = Run(out, recipe, resume, precision=recipe.precision)
+    run = Run(out, recipe, resume, recipe.checkpoint_minutes, recipe.precision)
     pipeline = open_pipeline(recipe.teacher, recipe.revision)
     refuse_what_the_teacher_cannot_do(recipe, pipeline)
     texts = Texts.of(pipeline, prompts, recipe, run)

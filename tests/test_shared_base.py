@@ -54,12 +54,12 @@ def inputs(pipeline: Any, recipe: TdmRecipe) -> tuple[torch.Tensor, Text]:
     return noise, backbone_of(pipeline).encode(pipeline, PROMPTS, recipe.text_length)
 
 
-def move(role: SharedRole, seed: int) -> None:
+def move(role: SharedRole, seed: int, far: float = 0.3) -> None:
     """Moves a role off the teacher, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in role.own:
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter += far * torch.randn(parameter.shape, generator=generator)
 
 
 @torch.no_grad()
@@ -83,14 +83,15 @@ def test_each_role_has_its_own_adapter_and_the_teacher_none(name: str, miniature
 
 
 def test_the_base_is_held_once_and_roles_own_their_adapters_alone(miniatures: Callable[[str], Path]) -> None:
-    pipeline, recipe, (teacher, student, fake) = shared("pixart_sigma", miniatures("pixart_sigma"))
+    pipeline, _, (teacher, student, fake) = shared("pixart_sigma", miniatures("pixart_sigma"))
     network = pipeline.transformer
     assert teacher.base is student.base is fake.base
     assert teacher.base.denoiser.network is network
     base = {parameter.data_ptr() for parameter in network.parameters() if not parameter.requires_grad}
     own = [{parameter.data_ptr() for parameter in role.own} for role in (teacher, student, fake)]
     assert own[0] == set()
-    assert not (own[1] & own[2] or (own[1] | own[2]) & base)
+    assert not own[1] & own[2]
+    assert not (own[1] | own[2]) & base
     plain = open_pipeline(miniatures("pixart_sigma")).transformer
     assert len(base) == len(list(plain.parameters()))
     layers = 2 * 2 * 4  # two blocks, two attentions each, four targets
@@ -98,19 +99,14 @@ def test_the_base_is_held_once_and_roles_own_their_adapters_alone(miniatures: Ca
     trained = sum(parameter.numel() for role in (student, fake) for parameter in role.parameters())
     held = sum(parameter.numel() for parameter in network.parameters())
     vectors = sum(role.own[-1].numel() for role in (student, fake))
-    assert held + vectors in (base_count(plain) + trained, base_count(plain) + trained + student.own[-1].numel())
-
-
-def base_count(network: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
+    assert held + vectors == sum(parameter.numel() for parameter in plain.parameters()) + trained
 
 
 def test_a_half_precision_base_trains_float32_adapters(miniatures: Callable[[str], Path]) -> None:
     _, _, (teacher, student, _) = shared("stable_diffusion", miniatures("stable_diffusion"), precision="bf16")
     assert {parameter.dtype for parameter in student.own} == {torch.float32}
     frozen = [value for name, value in teacher.base.denoiser.network.named_parameters() if "lora" not in name]
-    assert {value.dtype for value in frozen if value is not student.own[-1]} <= {torch.bfloat16, torch.float32}
-    assert frozen[0].dtype == torch.bfloat16
+    assert {value.dtype for value in frozen} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -151,8 +147,9 @@ def test_gradient_checkpointing_changes_no_gradient(miniatures: Callable[[str], 
 def test_diffusers_samples_the_adapter_on_the_base_to_the_fused_students_latents(
     name: str, tmp_path: Path, miniatures: Callable[[str], Path]
 ) -> None:
-    pipeline, recipe, (_, role, _) = shared(name, miniatures(name))
-    move(role, 1)
+    start = 1000.0 if name == "sd3" else 749.0  # at 999 a prediction of epsilon magnifies rounding by 1/a = 15
+    _, recipe, (_, role, _) = shared(name, miniatures(name), last_timestep=start)
+    move(role, 1, far=0.05)
     write_student(recipe, role, tmp_path, torch.float32)
     student = load_student(tmp_path / "student")
     lora = DiffusionPipeline.from_pretrained(miniatures(name), scheduler=student.pipeline.scheduler)
