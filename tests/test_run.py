@@ -31,8 +31,8 @@ class LineRecipe:
     seed: int = 0
 
 
-def train_line(out: Path, iterations: int, resume: bool, stop_at: int | None = None) -> None:
-    """Fits a line; with `stop_at` it saves and dies before that step."""
+def train_line(out: Path, iterations: int, resume: bool, stop_at: int | None = None, chance: bool = False) -> None:
+    """Fits a line; with `stop_at` it saves and dies before that step; with `chance`, to points from every generator."""
     run = Run(out, LineRecipe(iterations), resume)
     torch.manual_seed(1)
     module = torch.nn.Linear(2, 1)
@@ -41,7 +41,9 @@ def train_line(out: Path, iterations: int, resume: bool, stop_at: int | None = N
         if step == stop_at:
             run.checkpoints.save(step)
             raise InterruptionError
-        x = torch.randn(4, 2) + np.random.randn() + random.random()
+        x = torch.full((4, 2), float(step % 3))
+        if chance:
+            x = torch.randn(4, 2) + np.random.randn() + random.random()
         loss = (wrapped(x).float() - x.sum(1, keepdim=True)).square().mean()
         run.update(loss, wrapped, optimizer)
         run.end_step(loss=float(loss.detach()))
@@ -51,10 +53,10 @@ def train_line(out: Path, iterations: int, resume: bool, stop_at: int | None = N
 
 
 def test_a_resumed_run_ends_with_the_same_weights_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    train_line(tmp_path / "whole", 12, resume=False)
+    train_line(tmp_path / "whole", 12, resume=False, chance=True)
     with pytest.raises(InterruptionError):
-        train_line(tmp_path / "cut", 12, resume=False, stop_at=7)
-    train_line(tmp_path / "cut", 12, resume=True)
+        train_line(tmp_path / "cut", 12, resume=False, stop_at=7, chance=True)
+    train_line(tmp_path / "cut", 12, resume=True, chance=True)
     whole, cut = (load_file(tmp_path / name / "line.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
