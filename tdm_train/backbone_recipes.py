@@ -25,6 +25,8 @@ ANY = TdmRecipe(
     student_lr=1e-4,
     fake_lr=5e-4,
     warmup=0,
+    sample_every=100,
+    samples=4,
 )
 
 PIXART = replace(

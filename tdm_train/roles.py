@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch import nn
 
@@ -40,6 +41,7 @@ class Roles:
     def of(pipeline: Any, recipe: TdmRecipe, run: Run) -> "Roles":
         """Student and fake score start as the teacher."""
         denoiser = denoiser_of(pipeline).requires_grad_(False).to(run.device)
+        refuse_under_fsdp(recipe, run)
         teacher, student, fake_score = (full_copies if recipe.weights == "full" else shared_roles)(denoiser, recipe)
         adamw = {"betas": tuple(recipe.betas), "weight_decay": 0.0}
         student_step, student_optimizer = run.prepare(student, recipe.student_lr, recipe.warmup, recipe.ema, **adamw)
@@ -69,6 +71,12 @@ def shared_roles(denoiser: Denoiser, recipe: TdmRecipe) -> tuple[Role, Role, Rol
 
 def lora_config(recipe: TdmRecipe) -> LoraConfig:
     return LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=list(recipe.targets))
+
+
+def refuse_under_fsdp(recipe: TdmRecipe, run: Run) -> None:
+    """Raises ValueError for what needs a network in one piece, where FSDP cuts it up."""
+    if run.accelerator.distributed_type == DistributedType.FSDP and (recipe.weights == "lora" or recipe.ema > 0):
+        raise ValueError(f"weights={recipe.weights} and ema={recipe.ema} under FSDP, legal: weights=full and ema=0.0")
 
 
 def refuse_beyond(schedule: NoiseSchedule, recipe: TdmRecipe) -> None:

@@ -42,9 +42,23 @@ def rollout(student: Denoise, schedule: NoiseSchedule, noise: torch.Tensor, text
     return Trajectory(states, predictions)
 
 
+def guided(teacher: Denoise, empty: Text, guidance: float) -> Denoise:
+    """The teacher with classifier-free guidance, D_u + w * (D_c - D_u), both halves in one batch, to be called as a teacher.
+
+    `empty` has one row per sample.
+    """
+
+    def predict(
+        x_t: torch.Tensor, t: torch.Tensor, text: Text, _: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x0s, epss = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), Text.concatenate(text, empty), None)
+        (x0, empty_x0), (eps, empty_eps) = x0s.chunk(2), epss.chunk(2)
+        return empty_x0 + guidance * (x0 - empty_x0), empty_eps + guidance * (eps - empty_eps)
+
+    return predict
+
+
 @torch.no_grad()
 def guided_x0(teacher: Denoise, x_t: torch.Tensor, t: torch.Tensor, text: Text, empty: Text, guidance: float) -> torch.Tensor:
-    """x0 with classifier-free guidance, D_u + w * (D_c - D_u), both halves in one batch. `empty` has one row per sample."""
-    both = Text.concatenate(text, empty)
-    conditional, unconditional = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), both, None)[0].chunk(2)
-    return unconditional + guidance * (conditional - unconditional)
+    """x0 of the guided teacher. `empty` has one row per sample."""
+    return guided(teacher, empty, guidance)(x_t, t, text, None)[0]

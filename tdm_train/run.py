@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -98,6 +99,14 @@ class Run:
         """The module with averaged weights, or the module itself where it was prepared with ema=0."""
         return next((average.module for average, live in self.averages if live is module), module)
 
+    def gather(self, module: nn.Module) -> None:
+        """Puts parameters that FSDP has cut up together again, in place: every process must call this, after its last step."""
+        for name, parameter in list(module.named_parameters()):
+            if isinstance(parameter, DTensor):
+                owner, _, last = name.rpartition(".")
+                whole = nn.Parameter(parameter.full_tensor().detach(), requires_grad=False)
+                module.get_submodule(owner).register_parameter(last, whole)
+
     def steps(self) -> Iterator[int]:
         """Yields the step numbers still to do, with a progress bar and a checkpoint every few minutes and at the end."""
         if self.resume:
@@ -147,7 +156,11 @@ class Run:
         for average, module in self.averages:
             average.update_parameters(module)
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
-        self.accelerator.log(shown, step=self.step)
+        self.log(**shown)
+
+    def log(self, **numbers: float) -> None:
+        """Sends numbers of this step to the tracker."""
+        self.accelerator.log(numbers, step=self.step)
 
 
 def default_processes() -> int:

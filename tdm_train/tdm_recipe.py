@@ -16,7 +16,21 @@ from tdm_train.schedule import TRAIN_TIMESTEPS, grid
 from tdm_train.targets import FakeTarget
 
 Precision = Literal["no", "fp16", "bf16"]
-STATED_APART = ("checkpoint_minutes", "name", "teacher", "base", "revision", "family", "nfe", "text_length", "frames", "fps")
+STATED_APART = (
+    "checkpoint_minutes",
+    "tracker",
+    "sample_every",
+    "samples",
+    "name",
+    "teacher",
+    "base",
+    "revision",
+    "family",
+    "nfe",
+    "text_length",
+    "frames",
+    "fps",
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,8 @@ class TdmRecipe:
     teacher_warmup: iterations in which the student learns the guided teacher's x0 at its own states; `warmup` is the
     learning rates'.
     betas: AdamW's, of student and fake score. ema: the decay of the student's averaged weights, 0 for none.
-    checkpoint_minutes: time between checkpoints.
+    checkpoint_minutes: time between checkpoints. tracker: of the numbers of every iteration. Every `sample_every` iterations, 0
+    for never, `samples` pictures are drawn at every K and the gates look at them.
     weights: `full`, three networks; `lora`, adapters of `rank`, scaled by alpha / rank, on the modules whose names end in one
     of `targets`, over ONE frozen network, which is the teacher and in half the bytes where `precision` is bf16 or fp16.
     precision: of matrix products under autocast; what is trained is float32.
@@ -75,6 +90,9 @@ class TdmRecipe:
     teacher_warmup: int = 0
     iterations: int = 2000
     checkpoint_minutes: float = 3.0
+    tracker: Literal["tensorboard", "none"] = "tensorboard"
+    sample_every: int = 500
+    samples: int = 64
     batch: int = 64
     accumulation: int = 1
     gradient_checkpointing: bool = False
@@ -113,9 +131,11 @@ class TdmRecipe:
         for size in self.sizes:
             if not re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", size):
                 self.refuse("sizes", "a tuple of sizes in pixels, such as ('512x512', '1024x1024')")
-        for name in ("text_length", "batch", "accumulation", "rank", "alpha"):
+        for name in ("text_length", "batch", "accumulation", "rank", "alpha", "samples"):
             if getattr(self, name) < 1:
                 self.refuse(name, "1 or more")
+        if self.sample_every < 0:
+            self.refuse("sample_every", "0 (never) or more")
         if not self.checkpoint_minutes >= 0:
             self.refuse("checkpoint_minutes", "0 (after every iteration) or more")
         if (self.frames > 0) != (self.fps > 0) or min(self.frames, self.fps) < 0:

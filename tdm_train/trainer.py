@@ -20,12 +20,13 @@ from tdm_train.losses import (
     warm_up_loss,
     x0_minsnr_loss,
 )
-from tdm_train.prompts import encode_empty, read_prompts
+from tdm_train.prompts import encode_empty, encode_prompts, read_prompts
 from tdm_train.query import Query, draw_landing, draw_tau, query
 from tdm_train.roles import Roles, lora_config, refuse_beyond
 from tdm_train.rollout import guided_x0, rollout
 from tdm_train.run import Run
-from tdm_train.scenes.prompts import scenes_prompts
+from tdm_train.samples import Monitor, Samples
+from tdm_train.scenes.prompts import held_out_captions, scenes_prompts
 from tdm_train.shared_base import refuse_unknown_targets
 from tdm_train.student_folder import describe, write_student
 from tdm_train.targets import fake_target
@@ -37,17 +38,22 @@ def train_tdm(recipe: TdmRecipe, out: Path, resume: bool) -> None:
     """Distils `recipe.teacher` into a steps-aware student, from prompts alone, and saves `out/student`."""
     prompts = prompts_of(recipe)
     refuse_other_family(recipe)
-    run = Run(out, recipe, resume, recipe.checkpoint_minutes, recipe.precision)
+    run = Run(out, recipe, resume, recipe.checkpoint_minutes, recipe.precision, recipe.tracker)
     pipeline = open_pipeline(recipe.teacher, recipe.revision)
     refuse_what_the_teacher_cannot_do(recipe, pipeline)
     texts = Texts.of(pipeline, prompts, recipe, run)
     roles = Roles.of(pipeline, recipe, run)
+    monitor = Monitor(texts.samples, roles, recipe, out)
     for step in run.steps():
         with run.accelerator.autocast():
             batches = draw_batches(pipeline, roles, texts, recipe, run, step)
             fake_loss, importance = update_fake_score(roles, batches, recipe, run)
             loss = update_student(roles, batches, recipe, run, warm_up=step < recipe.teacher_warmup)
         run.end_step(fake=fake_loss, student=loss, importance=importance)
+        if monitor.due(step):
+            with run.accelerator.autocast():
+                run.log(**monitor.look(step, write=run.rank == 0))
+    run.gather(roles.student)
     if run.rank == 0:
         write_student(recipe, run.averaged(roles.student), out)
 
@@ -83,10 +89,11 @@ def refuse_what_the_teacher_cannot_do(recipe: TdmRecipe, pipeline: Any) -> None:
 
 @dataclass(frozen=True)
 class Texts:
-    """Every prompt of the run, encoded, and the empty one, once for each sample of a micro-batch."""
+    """Every prompt of the run, encoded, the empty one, once for each sample of a micro-batch, and what samples are drawn of."""
 
     prompts: Text
     empty: Text
+    samples: Samples
 
     @staticmethod
     def of(pipeline: Any, prompts: list[str], recipe: TdmRecipe, run: Run) -> "Texts":
@@ -96,9 +103,23 @@ class Texts:
                 encoder.to(run.device)
         with run.accelerator.main_process_first(), torch.no_grad():
             texts = cached_prompts(pipeline, prompts, recipe.text_length, run.out.parent / "text_cache")
-        empty = encode_empty(pipeline, recipe.text_length).select(torch.zeros(recipe.batch, dtype=torch.int64)).to(run.device)
+        empty = encode_empty(pipeline, recipe.text_length).to(run.device)
+        samples = new_samples(pipeline, prompts, empty, recipe, run)
         free_text_encoders(pipeline)
-        return Texts(texts, empty)
+        return Texts(texts, empty.select(torch.zeros(recipe.batch, dtype=torch.int64)), samples)
+
+
+def new_samples(pipeline: Any, prompts: list[str], empty: Text, recipe: TdmRecipe, run: Run) -> Samples:
+    """Held-out captions where the prompts are the scenes world's, else the first prompts, each with noise of its own."""
+    drawn, claims = prompts[: recipe.samples], []
+    size = recipe.sizes[-1] if recipe.sizes else own_size(pipeline)
+    if isinstance(recipe.prompts, int) and size == "128x128":  # what the evaluator reads
+        held_out = held_out_captions(recipe.samples, recipe.seed)
+        drawn, claims = [caption for _, caption, _ in held_out], [claim for *_, claim in held_out]
+    text = encode_prompts(pipeline, drawn, recipe.text_length).to(run.device)
+    shape = latent_shape(recipe, pipeline, size)
+    noise = torch.randn(len(drawn), *shape, generator=torch.Generator().manual_seed(recipe.seed)).to(run.device)
+    return Samples(pipeline, noise, text, empty.select(torch.zeros(len(drawn), dtype=torch.int64)), claims)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,17 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import ClusterConfig
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from typer.testing import CliRunner
 
 from fewstep import app, with_changes
@@ -67,6 +72,35 @@ def test_two_processes_with_the_same_data_train_like_one(tmp_path: Path) -> None
     one, two = (load_file(tmp_path / name / "line.safetensors") for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name])
+
+
+def save_gathered(out: Path) -> None:
+    """Cuts a line up as FSDP does, and puts it together again."""
+    run = Run(out, LineRecipe(1), resume=False, precision="no")
+    torch.manual_seed(1)
+    module = fully_shard(torch.nn.Linear(4, 3), mesh=init_device_mesh("cpu", (run.processes,)))
+    shard = module.weight.to_local().clone()
+    run.gather(module)
+    save_file({"weight": module.weight.detach(), "shard": shard}, out / f"{run.rank}.safetensors")
+
+
+def test_parameters_that_were_cut_up_are_put_together_again(tmp_path: Path) -> None:
+    launch(save_gathered, 2, tmp_path)
+    torch.manual_seed(1)
+    whole = torch.nn.Linear(4, 3).weight
+    for rank in (0, 1):
+        saved = load_file(tmp_path / f"{rank}.safetensors")
+        assert torch.equal(saved["weight"], whole)
+        assert len(saved["shard"]) < len(whole)
+
+
+def test_the_fsdp_file_has_only_what_accelerate_knows() -> None:
+    file = Path(__file__).parent.parent / "tdm_train" / "fsdp.yaml"
+    configuration = ClusterConfig.from_yaml_file(str(file))
+    assert configuration.distributed_type == DistributedType.FSDP
+    legal = {parameter.removeprefix("fsdp_") for parameter in signature(FullyShardedDataParallelPlugin).parameters}
+    said = {name.removeprefix("fsdp_") for name in configuration.fsdp_config}
+    assert said - {"version"} <= legal
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:

@@ -6,15 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from export.publish import sampler_tables
 from tdm_train.checkpoint import denoiser_of, load_student, open_pipeline
 from tdm_train.prompts import encode_prompts
 from tdm_train.recipes import TdmRecipe
 from tdm_train.rollout import guided_x0, rollout
+from tdm_train.run import Run, launch
 from tdm_train.steps_aware import fold, timestep_embedding
 from tdm_train.trainer import train_tdm
 
@@ -99,3 +103,46 @@ def test_the_warm_up_brings_the_student_nearer_to_its_guided_teacher(tmp_path: P
             for student in (teacher, warmed)
         )
     assert after < 0.8 * before
+
+
+@pytest.fixture
+def full_precision() -> Iterator[None]:
+    """Lets runs of precision=no have a process that has seen others: accelerate holds one precision for each."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+def losses(folder: Path) -> list[list[float]]:
+    """The curves of a run, read from what the tracker wrote: fake score's and student's losses."""
+    events = EventAccumulator(str(next((folder / "log").rglob("events*")).parent))
+    events.Reload()
+    return [[point.value for point in events.Scalars(name)] for name in ("fake", "student")]
+
+
+@pytest.mark.usefixtures("full_precision")
+@pytest.mark.parametrize("weights", ["full", "lora"])
+def test_two_processes_and_micro_batches_have_the_losses_of_one_large_batch(
+    weights: str, tmp_path: Path, miniatures: Callable[[str], Path]
+) -> None:
+    small = {"teacher": str(miniatures("pixart_sigma")), "text_length": 128, "sizes": ("16x16",), "prompts": 4, "nfe": (1, 2)}
+    recipe = TdmRecipe(**small, iterations=4, batch=4, precision="no", student_lr=1e-4, weights=weights, rank=2, sample_every=0)
+    train_tdm(recipe, tmp_path / "one", resume=False)
+    train_tdm(replace(recipe, batch=1, accumulation=4), tmp_path / "accumulated", resume=False)
+    launch(train_tdm, 2, replace(recipe, batch=1, accumulation=2), tmp_path / "two", False)
+    one = losses(tmp_path / "one")
+    assert len(set(one[1])) == 4
+    for other in ("accumulated", "two"):
+        np.testing.assert_allclose(losses(tmp_path / other), one, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("full_precision")
+def test_gradients_of_micro_batches_add_up_to_the_large_batchs(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    run, module, x = Run(tmp_path, TdmRecipe(), resume=False, precision="no"), torch.nn.Linear(3, 1), torch.randn(8, 3)
+    module(x).square().mean().backward()
+    whole = module.weight.grad.clone()
+    module.zero_grad()
+    for part in run.micro_batches(x.chunk(4), module):
+        run.accelerator.backward(module(part).square().mean() / 4)
+    torch.testing.assert_close(module.weight.grad, whole)
