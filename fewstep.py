@@ -43,7 +43,7 @@ def train(
             "tdm_cogvideox_2b, tdm_cogvideox_5b"
         ),
     ],
-    out: Annotated[Path, typer.Option(help="folder of the run: checkpoints, then the result")],
+    out: Annotated[Path | None, typer.Option(help="folder of the run: checkpoints, then the result")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="change a field of the recipe, e.g. --set iterations=500")
     ] = None,
@@ -51,6 +51,8 @@ def train(
         int | None, typer.Option(min=1, help="data-parallel processes on this machine; default: one per GPU, or per core")
     ] = None,
     resume: Annotated[bool, typer.Option(help="go on from the last checkpoint in --out")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print configuration, memory, FLOPs and hours, and end")] = False,
+    gpu: Annotated[Literal["h200", "h100", "a800", "4090"], typer.Option(help="which the hours are of")] = "h200",
 ) -> None:
     """Runs a named training recipe.
 
@@ -63,10 +65,25 @@ def train(
 
         if recipe not in RECIPES:
             raise ValueError(f"recipe {recipe!r} is not one of {', '.join(RECIPES)}")
+        configuration, count = with_changes(RECIPES[recipe], set_ or []), processes or default_processes()
+        if dry_run:
+            print_cost(configuration, count, gpu)
+            return
+        if out is None:
+            raise ValueError("--out FOLDER is missing, for example --out runs/mine")
         if not resume and (out / "checkpoints").exists():
             raise ValueError(f"{out} holds a run already: pass --resume to go on with it, or another --out")
-        configuration = with_changes(RECIPES[recipe], set_ or [])
-        launch(configuration.train, processes or default_processes(), out, resume)
+        launch(configuration.train, count, out, resume)
+
+
+def print_cost(recipe: object, processes: int, gpu: Literal["h200", "h100", "a800", "4090"]) -> None:
+    """Prints what a distillation costs; raises ValueError for a recipe of another kind."""
+    from tdm_train.cost import cost_of, report
+    from tdm_train.tdm_recipe import TdmRecipe
+
+    if not isinstance(recipe, TdmRecipe):
+        raise ValueError("--dry-run is of distillations alone: scenes_tdm, tdm and tdm_*")
+    print(report(recipe, cost_of(recipe, processes), gpu, processes))
 
 
 def with_changes(recipe: object, changes: list[str]) -> object:

@@ -2,7 +2,8 @@
 
 FAMILY: its name in student.json. PIPELINES: its diffusers pipeline classes. NETWORK: the pipeline's component that denoises.
 denoiser_of(pipeline) -> Denoiser. encode(pipeline, prompts, text_length) -> Text: what the pipeline itself makes of prompts
-without guidance. latent_shape(pipeline, width, height, frames) -> (C, h, w), of video (F, C, h, w).
+without guidance; blank_text(pipeline, count, text_length) -> Text: its shapes alone. latent_shape(pipeline, width, height,
+frames) -> (C, h, w), of video (F, C, h, w).
 """
 
 from types import ModuleType

@@ -81,6 +81,11 @@ def encode(pipeline: Any, prompts: list[str], text_length: int) -> Text:
     return Text(emb)
 
 
+def blank_text(pipeline: Any, count: int, text_length: int) -> Text:
+    """A Text of zeros on the meta device, as `encode` makes of `count` prompts: for what only shapes decide."""
+    return Text(torch.zeros(count, text_length, pipeline.transformer.config.text_embed_dim, device="meta"))
+
+
 def latent_shape(pipeline: Any, width: int, height: int, frames: int | None = None) -> tuple[int, int, int, int]:
     """(F, C, h, w) of the latents of a video of `frames` frames of width x height pixels."""
     if frames is None or frames < 1:

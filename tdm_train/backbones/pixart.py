@@ -62,6 +62,12 @@ def encode(pipeline: Any, prompts: list[str], text_length: int) -> Text:
     return Text(emb, mask)
 
 
+def blank_text(pipeline: Any, count: int, text_length: int) -> Text:
+    """A Text of zeros on the meta device, as `encode` makes of `count` prompts: for what only shapes decide."""
+    emb = torch.zeros(count, text_length, pipeline.transformer.config.caption_channels, device="meta")
+    return Text(emb, torch.zeros(count, text_length, dtype=torch.int64, device="meta"))
+
+
 def latent_shape(pipeline: Any, width: int, height: int, frames: int | None = None) -> tuple[int, int, int]:
     """(C, h, w) of the latents of a picture of width x height pixels."""
     refuse_frames(frames)

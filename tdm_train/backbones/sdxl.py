@@ -63,6 +63,14 @@ def encode(pipeline: Any, prompts: list[str], text_length: int) -> Text:
     return Text(emb, pooled=pooled)
 
 
+def blank_text(pipeline: Any, count: int, text_length: int) -> Text:
+    """A Text of zeros on the meta device, as `encode` makes of `count` prompts: for what only shapes decide."""
+    config = pipeline.unet.config
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    emb = torch.zeros(count, text_length, config.cross_attention_dim, device="meta")
+    return Text(emb, pooled=torch.zeros(count, pooled, device="meta"))
+
+
 def latent_shape(pipeline: Any, width: int, height: int, frames: int | None = None) -> tuple[int, int, int]:
     """(C, h, w) of the latents of a picture of width x height pixels."""
     refuse_frames(frames)

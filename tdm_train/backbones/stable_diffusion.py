@@ -44,6 +44,11 @@ def encode(pipeline: Any, prompts: list[str], text_length: int) -> Text:
     return Text(emb)
 
 
+def blank_text(pipeline: Any, count: int, text_length: int) -> Text:
+    """A Text of zeros on the meta device, as `encode` makes of `count` prompts: for what only shapes decide."""
+    return Text(torch.zeros(count, text_length, pipeline.unet.config.cross_attention_dim, device="meta"))
+
+
 def latent_shape(pipeline: Any, width: int, height: int, frames: int | None = None) -> tuple[int, int, int]:
     """(C, h, w) of the latents of a picture of width x height pixels."""
     refuse_frames(frames)
