@@ -173,3 +173,21 @@ def bench_fairness(
         from benchmarks.fairness import run
 
         run(model_repository, student, rounds, seconds)
+
+
+@bench.command("training")
+def bench_training(
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved iterations of every variant")] = 10,
+    width: Annotated[int, typer.Option(min=64, help="of the network, a multiple of 64")] = 384,
+    layers: Annotated[int, typer.Option(min=1, help="of the network")] = 8,
+) -> None:
+    """Iterations per second and peak memory of training: full copies, a shared base, and with no forwards saved.
+
+    Example: fewstep bench training --rounds 10
+    """
+    with one_line_errors("train"):
+        from benchmarks.training import run
+
+        if width % 64:
+            raise ValueError(f"--width {width}, legal: multiples of 64")
+        run(rounds, width, layers)

@@ -18,7 +18,8 @@ from tdm_train.checkpoint import denoiser_of, pipeline_config
 from tdm_train.roles import Role, full_copies, shared_roles
 from tdm_train.shared_base import SharedRole
 from tdm_train.tdm_recipe import TdmRecipe
-from tdm_train.trainer import latent_shape, refuse_other_family, refuse_what_the_teacher_cannot_do
+from tdm_train.texts import latent_shape
+from tdm_train.trainer import refuse_other_family, refuse_what_the_teacher_cannot_do
 
 Gpu = Literal["h200", "h100", "a800", "4090"]
 TFLOPS = {"h200": 989.0, "h100": 989.0, "a800": 312.0, "4090": 165.0}  # dense bf16, as NVIDIA states them (H: SXM)

@@ -54,7 +54,7 @@ def new_k_embedding(network: nn.Module, nfe_set: tuple[int, ...]) -> torch.Tenso
     name, inner = timestep_embedding(network)
     if not isinstance(inner, TimestepEmbedding) or inner.post_act is not None or inner.linear_2.bias is None:
         raise ValueError(f"{type(network).__name__}.{name} is {inner}: legal is a plain TimestepEmbedding that ends in a bias")
-    weight = inner.linear_2.weight
+    weight: torch.Tensor = inner.linear_2.weight
     return weight.new_zeros(max(nfe_set) + 1, len(weight))
 
 

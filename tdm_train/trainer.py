@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from tdm_train.backbones import backbone_named, backbone_of
+from tdm_train.backbones import backbone_named
 from tdm_train.backbones.sizes import own_size
 from tdm_train.checkpoint import denoiser_of, open_pipeline, pipeline_config
 from tdm_train.denoiser import Text
@@ -20,18 +19,16 @@ from tdm_train.losses import (
     warm_up_loss,
     x0_minsnr_loss,
 )
-from tdm_train.prompts import encode_empty, encode_prompts, read_prompts
 from tdm_train.query import Query, draw_landing, draw_tau, query
 from tdm_train.roles import Roles, lora_config, refuse_beyond
 from tdm_train.rollout import guided_x0, rollout
 from tdm_train.run import Run
-from tdm_train.samples import Monitor, Samples
-from tdm_train.scenes.prompts import held_out_captions, scenes_prompts
+from tdm_train.samples import Monitor
 from tdm_train.shared_base import refuse_unknown_targets
 from tdm_train.student_folder import describe, write_student
 from tdm_train.targets import fake_target
 from tdm_train.tdm_recipe import TdmRecipe
-from tdm_train.text_cache import cached_prompts, free_text_encoders, text_parts
+from tdm_train.texts import Texts, latent_shape, prompts_of
 
 
 def train_tdm(recipe: TdmRecipe, out: Path, resume: bool) -> None:
@@ -58,15 +55,6 @@ def train_tdm(recipe: TdmRecipe, out: Path, resume: bool) -> None:
         write_student(recipe, run.averaged(roles.student), out)
 
 
-def prompts_of(recipe: TdmRecipe) -> list[str]:
-    """The prompts of a recipe: captions of the scenes world, or those of a file."""
-    if isinstance(recipe.prompts, int):
-        return scenes_prompts(recipe.prompts, recipe.seed)
-    if not recipe.prompts:
-        raise ValueError("prompts='', legal: a text file with one prompt per line, or a .jsonl file: --set prompts=FILE")
-    return read_prompts(Path(recipe.prompts))
-
-
 def refuse_other_family(recipe: TdmRecipe) -> None:
     """Raises ValueError for a teacher that is none, or is not of the family that the recipe's numbers are for."""
     if not recipe.teacher:
@@ -85,41 +73,6 @@ def refuse_what_the_teacher_cannot_do(recipe: TdmRecipe, pipeline: Any) -> None:
     for size in recipe.sizes or [own_size(pipeline)]:
         latent_shape(recipe, pipeline, size)
     describe(recipe, pipeline)
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Every prompt of the run, encoded, the empty one, once for each sample of a micro-batch, and what samples are drawn of."""
-
-    prompts: Text
-    empty: Text
-    samples: Samples
-
-    @staticmethod
-    def of(pipeline: Any, prompts: list[str], recipe: TdmRecipe, run: Run) -> "Texts":
-        """Encodes, or reads what is in the cache beside the run's folder; the pipeline's text encoders are freed."""
-        for encoder in text_parts(pipeline).values():
-            if isinstance(encoder, nn.Module):
-                encoder.to(run.device)
-        with run.accelerator.main_process_first(), torch.no_grad():
-            texts = cached_prompts(pipeline, prompts, recipe.text_length, run.out.parent / "text_cache")
-        empty = encode_empty(pipeline, recipe.text_length).to(run.device)
-        samples = new_samples(pipeline, prompts, empty, recipe, run)
-        free_text_encoders(pipeline)
-        return Texts(texts, empty.select(torch.zeros(recipe.batch, dtype=torch.int64)), samples)
-
-
-def new_samples(pipeline: Any, prompts: list[str], empty: Text, recipe: TdmRecipe, run: Run) -> Samples:
-    """Held-out captions where the prompts are the scenes world's, else the first prompts, each with noise of its own."""
-    drawn, claims = prompts[: recipe.samples], []
-    size = recipe.sizes[-1] if recipe.sizes else own_size(pipeline)
-    if isinstance(recipe.prompts, int) and size == "128x128":  # what the evaluator reads
-        held_out = held_out_captions(recipe.samples, recipe.seed)
-        drawn, claims = [caption for _, caption, _ in held_out], [claim for *_, claim in held_out]
-    text = encode_prompts(pipeline, drawn, recipe.text_length).to(run.device)
-    shape = latent_shape(recipe, pipeline, size)
-    noise = torch.randn(len(drawn), *shape, generator=torch.Generator().manual_seed(recipe.seed)).to(run.device)
-    return Samples(pipeline, noise, text, empty.select(torch.zeros(len(drawn), dtype=torch.int64)), claims)
 
 
 @dataclass(frozen=True)
@@ -152,13 +105,6 @@ def draw_batches(pipeline: Any, roles: Roles, texts: Texts, recipe: TdmRecipe, r
     first = run.rank * recipe.accumulation * recipe.batch
     starts = range(first, first + recipe.accumulation * recipe.batch, recipe.batch)
     return [draw_batch(roles, texts, recipe, step, range(start, start + recipe.batch), nfe, shape) for start in starts]
-
-
-def latent_shape(recipe: TdmRecipe, pipeline: Any, size: str) -> tuple[int, ...]:
-    """The shape of the latents of a picture of this size, (C, h, w), or of a video, (F, C, h, w)."""
-    width, height = map(int, size.split("x"))
-    shape: tuple[int, ...] = backbone_of(pipeline).latent_shape(pipeline, width, height, recipe.frames or None)
-    return shape
 
 
 def draw_batch(

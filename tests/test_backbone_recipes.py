@@ -14,7 +14,8 @@ from fewstep import app
 from tdm_train.checkpoint import Student, load_student
 from tdm_train.recipes import RECIPES
 from tdm_train.tdm_recipe import TdmRecipe
-from tdm_train.trainer import prompts_of, train_tdm
+from tdm_train.texts import prompts_of
+from tdm_train.trainer import train_tdm
 from tests.miniatures import CLIP_LENGTH, FRAMES, HEIGHT, PROMPTS, T5_LENGTH, WIDTH
 
 SIZE = f"{WIDTH}x{HEIGHT}"

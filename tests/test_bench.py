@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fewstep import app
+from tdm_train.denoiser import Text
 
 
 @pytest.mark.parametrize(
@@ -28,6 +30,26 @@ def test_a_benchmark_ends_in_one_json_document(bundled_repository: Path, argumen
     document = json.loads(result.stdout.splitlines()[-1])
     assert document["benchmark"] == arguments[0]
     assert {"student", "fingerprint"} | told <= set(document)
+
+
+def test_the_training_benchmark_measures_every_variant() -> None:
+    result = CliRunner().invoke(app, ["bench", "training", "--rounds", "1", "--width", "64", "--layers", "1"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout.splitlines()[-1])
+    assert document["benchmark"] == "training"
+    assert set(document["iterations_per_second"]) == set(document["peak_mebibytes"])
+    assert min(document["iterations_per_second"].values()) > 0
+
+
+def test_what_the_training_benchmark_does_not_save_changes_no_prediction() -> None:
+    """The variants without savings do more of the same work, and nothing else."""
+    from benchmarks.training import Unbatched
+
+    teacher = torch.nn.Module()
+    teacher.forward = lambda x_t, t, text, nfe=None: (x_t * t[:, None] + text.emb[:, 0], x_t - text.emb[:, 0])
+    x_t, t, text = torch.randn(4, 3), torch.rand(4), Text(torch.randn(4, 1, 3))
+    expected, found = teacher(x_t, t, text), Unbatched(teacher)(x_t, t, text)
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
 def test_a_student_that_varies_with_the_batch_fails_the_determinism_benchmark(
