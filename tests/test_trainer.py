@@ -1,7 +1,7 @@
 """The bundled teacher becomes a student folder that every door opens."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
