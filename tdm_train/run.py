@@ -176,11 +176,11 @@ def launch(train: Callable[..., None], processes: int, *arguments) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, args=(processes, port, train, arguments), nprocs=processes)
+    torch.multiprocessing.spawn(_worker, args=(os.getpid(), processes, port, train, arguments), nprocs=processes)
 
 
-def _worker(rank: int, processes: int, port: int, train: Callable[..., None], arguments: tuple) -> None:
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+def _worker(rank: int, parent: int, processes: int, port: int, train: Callable[..., None], arguments: tuple) -> None:
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))

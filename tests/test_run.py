@@ -170,6 +170,12 @@ if __name__ == "__main__":
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
+def test_a_worker_that_starts_only_after_its_parent_was_killed_ends_too() -> None:
+    code = "import os, time; from tdm_train.run import _worker; _worker(0, os.getpid(), 1, 0, time.sleep, (60,))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=50).returncode == 1
+
+
 def report_and_sleep(folder: Path) -> None:
     (folder / f"{os.getpid()}.pid").touch()
     time.sleep(300)
