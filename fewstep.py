@@ -38,9 +38,9 @@ def train(
     recipe: Annotated[
         str,
         typer.Argument(
-            help="scenes_evaluator, scenes_vae, scenes_text_encoder, scenes_teacher, scenes_tdm; tdm for a teacher of your "
-            "own, or with the paper's numbers tdm_pixart, tdm_pixart_1024, tdm_pixart_demo, tdm_sd15, tdm_sdxl, tdm_sd3, "
-            "tdm_cogvideox_2b, tdm_cogvideox_5b"
+            help="scenes_evaluator, scenes_vae, scenes_text_encoder, scenes_teacher, scenes_tdm; motion_evaluator, motion_vae, "
+            "motion_text_encoder, motion_teacher for clips; tdm for a teacher of your own, or with the paper's numbers "
+            "tdm_pixart, tdm_pixart_1024, tdm_pixart_demo, tdm_sd15, tdm_sdxl, tdm_sd3, tdm_cogvideox_2b, tdm_cogvideox_5b"
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="folder of the run: checkpoints, then the result")] = None,
@@ -231,9 +231,36 @@ def evaluate(
         rows += [judge.row(25, scale) for scale in scales]
         rows += [judge.row(4, scales[-1]), judge.row(2, scales[-1]), judge.row(4, 1.0)]
         rows += server_rows(server, counts, evaluation) if server else student_rows(folder, counts, evaluation)
-        report(rows, evaluation)
+        report(rows, captions, seed)
         if grid:
             draw_grid(rows, evaluation.captions, grid)
+
+
+@app.command("eval-video")
+def evaluate_video(
+    teacher: Annotated[Path, typer.Option(help="a teacher folder of clips, as `fewstep train motion_teacher` writes it")],
+    captions: Annotated[int, typer.Option(min=2, help="how many held-out captions")] = 500,
+    guidance: Annotated[str, typer.Option(help="guidance of the teacher's rows")] = "2,3",
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="DDIM steps of the teacher")] = 50,
+    seed: Annotated[int, typer.Option(min=0, max=999, help="which captions and which noise")] = 0,
+    strips: Annotated[Path | None, typer.Option(help="write a picture of the first captions, frames of every row")] = None,
+) -> None:
+    """Measures adherence (motion and speed included) and Fréchet distance of rendered clips, autoencoder and teacher.
+
+    Example: fewstep eval-video --teacher runs/motion_teacher/teacher --captions 100 --strips strips.png
+    """
+    with one_line_errors("train"):
+        from benchmarks.evaluate import report
+        from benchmarks.evaluate_video import VideoEvaluation, VideoTeacher, draw_strips
+
+        evaluation = VideoEvaluation(captions, seed)
+        judge = VideoTeacher(teacher, evaluation)
+        scales = [float(scale) for scale in guidance.split(",")]
+        rows = [evaluation.rendered(), judge.autoencoder(), *(judge.row(steps, scale) for scale in scales)]
+        rows += [judge.row(4, scales[-1]), judge.row(4, 1.0)]
+        report(rows, captions, seed)
+        if strips:
+            draw_strips(rows, strips)
 
 
 @app.command()

@@ -220,10 +220,10 @@ def _wrap(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def report(rows: list[Row], evaluation: Evaluation) -> None:
+def report(rows: list[Row], captions: int, seed: int) -> None:
     """A table on stderr for people, then one JSON document as the last line of stdout."""
     print(f"{'':14}{'NFE':>4}{'guidance':>10}{'adherence':>11}{'Fréchet':>9}", file=sys.stderr)
     for row in rows:
         print(f"{row.what:14}{row.nfe or '':>4}{row.guidance:>10g}{row.adherence:>11.1%}{row.frechet:>9.2f}", file=sys.stderr)
-    document = {"rows": [row.as_json() for row in rows], "captions": evaluation.count, "seed": evaluation.seed}
+    document = {"rows": [row.as_json() for row in rows], "captions": captions, "seed": seed}
     print(json.dumps(document))

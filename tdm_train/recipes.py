@@ -84,6 +84,83 @@ class TeacherRecipe:
         train_teacher(self, out, resume)
 
 
+@dataclass(frozen=True)
+class MotionEvaluatorRecipe:
+    """The network that reads clips of the scenes world in motion. The batch size is per process."""
+
+    iterations: int = 2600
+    batch: int = 32
+    lr: float = 1e-3
+    warmup: int = 100
+    ema: float = 0.998
+    seed: int = 12
+
+    def train(self, out: Path, resume: bool) -> None:
+        from tdm_train.scenes_video.evaluator import train_evaluator
+
+        train_evaluator(self, out, resume)
+
+
+@dataclass(frozen=True)
+class MotionAutoencoderRecipe:
+    """The autoencoder of clips, from that of the images. The batch size is per process."""
+
+    image_vae: str = "tdm_train/scenes/teacher/vae"
+    iterations: int = 8000
+    batch: int = 4
+    lr: float = 2e-4
+    warmup: int = 100
+    ema: float = 0.998
+    kl_weight: float = 2e-4
+    object_weight: float = 4.0
+    seed: int = 11
+
+    def train(self, out: Path, resume: bool) -> None:
+        from tdm_train.scenes_video.autoencoder import train_autoencoder
+
+        train_autoencoder(self, out, resume)
+
+
+@dataclass(frozen=True)
+class MotionTextEncoderRecipe:
+    """The text encoder of clips, taught what captions state. The batch size is per process."""
+
+    iterations: int = 700
+    batch: int = 64
+    lr: float = 1e-3
+    warmup: int = 150
+    ema: float = 0.99
+    seed: int = 16
+
+    def train(self, out: Path, resume: bool) -> None:
+        from tdm_train.scenes_video.text_encoder import train_text_encoder
+
+        train_text_encoder(self, out, resume)
+
+
+@dataclass(frozen=True)
+class MotionTeacherRecipe:
+    """The teacher of clips: v-prediction with guidance dropout on a frozen text encoder. The batch size is per process."""
+
+    vae: str = "runs/motion_vae/vae"
+    text_encoder: str = "runs/motion_text_encoder/text_encoder"
+    start: str = ""  # a teacher folder whose transformer to go on from, or nothing for untrained weights
+    clips: int = 120_000
+    iterations: int = 8000
+    batch: int = 128
+    lr: float = 1e-3
+    warmup: int = 100
+    ema: float = 0.998
+    text_dropout: float = 0.1
+    snr_shift: float = 1.5  # above 1: more training where it is decided what happens
+    seed: int = 17
+
+    def train(self, out: Path, resume: bool) -> None:
+        from tdm_train.scenes_video.teacher import train_teacher
+
+        train_teacher(self, out, resume)
+
+
 RECIPES = {
     "scenes_evaluator": EvaluatorRecipe(),
     "scenes_vae": AutoencoderRecipe(),
@@ -91,4 +168,8 @@ RECIPES = {
     "scenes_teacher": TeacherRecipe(),
     "scenes_tdm": TdmRecipe(),
     **BACKBONE_RECIPES,
+    "motion_evaluator": MotionEvaluatorRecipe(),
+    "motion_vae": MotionAutoencoderRecipe(),
+    "motion_text_encoder": MotionTextEncoderRecipe(),
+    "motion_teacher": MotionTeacherRecipe(),
 }

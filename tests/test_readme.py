@@ -50,7 +50,16 @@ def test_every_entry_of_the_tree_exists_and_every_module_is_in_it() -> None:
         folder = name if not line.startswith(" ") and name.endswith("/") else "" if not line.startswith(" ") else folder
         paths.add(name if name == folder else folder + name)
     assert all((ROOT / path).exists() for path in paths), [path for path in paths if not (ROOT / path).exists()]
-    parts = ("server/engine", "server/gateway", "export", "tdm_train", "tdm_train/backbones", "tdm_train/scenes", "benchmarks")
+    parts = (
+        "server/engine",
+        "server/gateway",
+        "export",
+        "tdm_train",
+        "tdm_train/backbones",
+        "tdm_train/scenes",
+        "tdm_train/scenes_video",
+        "benchmarks",
+    )
     modules = {
         str(file.relative_to(ROOT)) for part in parts for file in (ROOT / part).glob("*.py") if file.name != "__init__.py"
     }

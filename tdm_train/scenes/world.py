@@ -114,11 +114,12 @@ def render(scene: Scene, image_size: int = IMAGE_SIZE) -> np.ndarray:
     image = np.empty((image_size, image_size, 3), np.uint8)
     image[:] = COLOURS[scene.background]
     for item in scene.items:
-        _paint(image, item)
+        paint(image, item)
     return image
 
 
-def _paint(image: np.ndarray, item: Item) -> None:
+def paint(image: np.ndarray, item: Item, turned: float = 0.0) -> None:
+    """Paints one item, turned clockwise by `turned` radians about its centre, over a uint8 image [S, S, 3], in place."""
     size = image.shape[0]
     cx, cy, radius = item.x * size, item.y * size, item.radius * size
     reach = 1.2 * radius + 1
@@ -126,6 +127,9 @@ def _paint(image: np.ndarray, item: Item) -> None:
     y0, y1 = max(int(cy - reach), 0), min(int(cy + reach) + 2, size)
     x = np.arange(x0, x1, dtype=np.float32)[None, :] + np.float32(0.5 - cx)
     y = np.arange(y0, y1, dtype=np.float32)[:, None] + np.float32(0.5 - cy)
+    if turned:
+        cosine, sine = np.float32(np.cos(turned)), np.float32(np.sin(turned))
+        x, y = cosine * x + sine * y, cosine * y - sine * x
     coverage = np.clip(0.5 - _signed_distance(item.shape, x, y, radius), 0, 1)[:, :, None]
     window = image[y0:y1, x0:x1].astype(np.float32)
     image[y0:y1, x0:x1] = np.rint(window + coverage * (np.asarray(COLOURS[item.colour], np.float32) - window))

@@ -1,0 +1,114 @@
+"""`fewstep eval-video`: do clips show what their captions say? Renders, autoencoder and teacher, side by side.
+
+Every row makes one clip per held-out caption and lets the evaluator read it (tdm_train/scenes_video/evaluator.py), motion
+and speed included. Clip i has the noise of seed `seed * 10^6 + i` in every row.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from benchmarks.evaluate import Row
+from server.engine.noise import initial_latents
+from tdm_train.scenes.evaluator import frechet_distance
+from tdm_train.scenes_video.autoencoder import to_blocks, to_clips
+from tdm_train.scenes_video.captions import adherence, held_out_captions
+from tdm_train.scenes_video.evaluator import Evaluator, load_evaluator
+from tdm_train.scenes_video.teacher import latent_shape, open_teacher
+from tdm_train.scenes_video.text_encoder import TEXT_LENGTH
+from tdm_train.scenes_video.world import FRAMES, draw_clip, render_clips
+
+REFERENCE_CLIPS = range(7 * 10**9, 7 * 10**9 + 2000)
+CHUNK = 25
+
+
+class VideoEvaluation:
+    """Draws `count` held-out captions and judges clips of them. `frechet` of its rows is the distance to renders of 2,000
+    other held-out clips.
+
+    Clip-making functions are called with a slice of the captions and return uint8 [n, F, H, W, 3].
+    """
+
+    def __init__(self, count: int, seed: int, evaluator: Evaluator | None = None):
+        self.count, self.seed = count, seed
+        self.clips, self.captions, self.claims = zip(*held_out_captions(count, seed), strict=True)
+        self.evaluator = evaluator or load_evaluator()
+        features = []
+        for start in tqdm(range(0, len(REFERENCE_CLIPS), 100), desc="renders", leave=False):
+            drawn = [draw_clip(seed, "held_out") for seed in REFERENCE_CLIPS[start : start + 100]]
+            features.append(self.evaluator.look(render_clips(drawn))[0])
+        self.reference = np.concatenate(features)
+
+    def row(self, what: str, nfe: int, guidance: float, draw: Callable[[slice], np.ndarray]) -> Row:
+        name = what if nfe == 0 else f"{what}, {nfe} NFE" + (f", guidance {guidance:g}" if guidance != 1 else "")
+        starts = tqdm(range(0, self.count, CHUNK), desc=name, dynamic_ncols=True)
+        clips = np.concatenate([draw(slice(start, start + CHUNK)) for start in starts])
+        features, readings = self.evaluator.look(clips)
+        share, attributes = adherence(self.claims, readings)
+        return Row(what, nfe, guidance, share, attributes, frechet_distance(features, self.reference), clips)
+
+    def noise(self, part: slice, shape: tuple[int, ...]) -> torch.Tensor:
+        """float32 [n, *shape]: the noise that a server draws for the same seeds."""
+        seeds = [self.seed * 10**6 + index for index in range(*part.indices(self.count))]
+        return torch.from_numpy(np.stack([initial_latents(seed, 0, shape, 1.0) for seed in seeds]))
+
+    def rendered(self) -> Row:
+        return self.row("rendered", 0, 1.0, lambda part: render_clips(list(self.clips[part])))
+
+
+class VideoTeacher:
+    """A diffusers teacher folder, run by diffusers' own pipeline."""
+
+    def __init__(self, folder: Path, evaluation: VideoEvaluation):
+        self.pipeline, self.evaluation = open_teacher(folder), evaluation
+        self.shape = latent_shape(self.pipeline.transformer)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        vae = self.pipeline.vae
+        return to_clips(vae.decode((latents / vae.config.scaling_factor).transpose(1, 2)).sample).numpy()
+
+    def autoencoder(self) -> Row:
+        """The ceiling: renders encoded and decoded again."""
+
+        @torch.no_grad()
+        def draw(part: slice) -> np.ndarray:
+            blocks = to_blocks(torch.from_numpy(render_clips(list(self.evaluation.clips[part]))))
+            latents = self.pipeline.vae.encode(blocks).latent_dist.mean
+            return self.decode(latents.transpose(1, 2) * self.pipeline.vae.config.scaling_factor)
+
+        return self.evaluation.row("autoencoder", 0, 1.0, draw)
+
+    def row(self, steps: int, guidance: float) -> Row:
+        """`steps` DDIM steps; with guidance every step is two evaluations."""
+
+        def draw(part: slice) -> np.ndarray:
+            side = self.pipeline.transformer.config.sample_height * self.pipeline.vae_scale_factor_spatial
+            latents = self.pipeline(
+                list(self.evaluation.captions[part]),
+                num_frames=FRAMES,
+                height=side,
+                width=side,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                latents=self.evaluation.noise(part, self.shape),
+                output_type="latent",
+                max_sequence_length=TEXT_LENGTH,
+            ).frames
+            return self.decode(latents)
+
+        return self.evaluation.row("teacher", steps * (1 if guidance == 1 else 2), guidance, draw)
+
+
+def draw_strips(rows: list[Row], file: Path, lines: int = 8, frames: tuple[int, ...] = (0, 5, 10, 15)) -> None:
+    """A picture of the first `lines` captions: for each, `frames` of every row of the result side by side."""
+    gap = np.full((rows[0].pictures.shape[2], 6, 3), 255, np.uint8)
+    strips = [
+        np.concatenate([part for row in rows for part in (*(row.pictures[line, frame] for frame in frames), gap)], 1)
+        for line in range(min(lines, len(rows[0].pictures)))
+    ]
+    Image.fromarray(np.concatenate(strips)).quantize(256).save(file)
