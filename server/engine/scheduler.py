@@ -3,7 +3,8 @@
 Every tick does one piece of work on the device: one NFE of a batch, or one decode. Members of a batch may be at different
 steps and have different NFE counts; who arrives joins at the next NFE, who is done leaves at once. Between two pieces of
 work the late are dropped, and the cancelled among those who would be worked on; images of other students may have the device
-(device.py). Who goes first is said in seats.py. NFEs and decodes take turns while both have work.
+(device.py). Who goes first is said in seats.py. NFEs and decodes take turns while both have work
+(decodes_next).
 """
 
 import itertools
@@ -11,14 +12,14 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 from server.engine.device import Device
 from server.engine.engine import Engine, Pixels, Request, Span
 from server.engine.errors import Cancelled, DeadlineExceeded, EngineError, ShuttingDown
 from server.engine.member import Member, Sink
 from server.engine.metrics import METRICS, MemoryMetrics, Metrics
-from server.engine.seats import Seats, flooding
+from server.engine.seats import TURN, Seats, flooding
 
 logger = logging.getLogger("fewstep")
 
@@ -41,6 +42,7 @@ class Scheduler:
         self.news = threading.Condition()
         self.closing = False
         self.just_decoded = False
+        self.turn = 0
         self.step_seats, self.decode_seats = Seats(), Seats()
 
     # --- from any thread ---------------------------------------------------------------------------------------------------
@@ -101,13 +103,24 @@ class Scheduler:
         to_step = [member for member in self.members if member.progress.remaining]
         to_decode = [member for member in self.members if member.shown or not member.progress.remaining]
         floods = flooding(self.members, self.engine.max_batch)
-        if to_decode and not (to_step and self.just_decoded):
+        if self.decodes_next(to_step, to_decode, floods):
             self.work(self.decode, self.decode_seats.deal(to_decode, self.engine.max_decode_batch, floods))
         elif to_step:
             self.work(self.step, self.step_seats.deal(to_step, self.engine.max_batch, floods))
         counted = [member for member in self.members if member.metrics is self.metrics]
         self.metrics.set("fewstep_in_flight", len(counted))
         self.metrics.set("fewstep_queue_depth", sum(not member.progress.step for member in counted))
+
+    def decodes_next(self, to_step: list[Member], to_decode: list[Member], floods: Set[str]) -> bool:
+        """NFEs and decodes take turns; but where only one kind is for others than a key that floods, it goes first, all but
+        every TURN-th time."""
+        self.turn += 1
+        if not (to_step and to_decode):
+            return bool(to_decode)
+        stepped, decoded = (any(one.who not in floods for one in waiting) for waiting in (to_step, to_decode))
+        if stepped != decoded and self.turn % TURN:
+            return decoded
+        return not self.just_decoded
 
     def drop_late(self) -> None:
         """Between two pieces of work the late leave."""
