@@ -191,3 +191,23 @@ def bench_training(
         if width % 64:
             raise ValueError(f"--width {width}, legal: multiples of 64")
         run(rounds, width, layers)
+
+
+@bench.command("export")
+def bench_export(
+    model: Annotated[str, typer.Option(help="pixart-xl-2, sdxl-unet or cogvideox-2b")] = "pixart-xl-2",
+    precision: Annotated[str, typer.Option(help="fp32 or fp16")] = "fp16",
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="fewer transformer layers than the model's, for a quick look")
+    ] = None,
+    work: Annotated[Path | None, typer.Option(help="folder for up to twice the weights' bytes, emptied afterwards")] = None,
+    tensorrt: Annotated[bool, typer.Option("--tensorrt", help="build an engine of TensorRT for RTX too")] = False,
+) -> None:
+    """Seconds, peak memory and bytes of exporting a denoiser at full size, with random weights, and its error against eager.
+
+    Example: fewstep bench export --model sdxl-unet --precision fp16
+    """
+    with one_line_errors("export"):
+        from benchmarks.export import run
+
+        run(model, precision, layers, work, tensorrt)

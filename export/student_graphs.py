@@ -6,10 +6,11 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from export.decoders import ImageDecoder, VideoDecoder
-from export.families import FAMILIES
+from export.families import FAMILIES, Family
 from export.graphs import Graph, StudentStep, Tensors
 from server.engine.student import TokenizerSettings, token_tensors
 from tdm_train.checkpoint import Student
+from tdm_train.denoiser import Denoiser
 
 MAX_BATCH = 16
 Shape = tuple[int, ...]
@@ -18,8 +19,11 @@ Dims = dict[int, Any]  # axis -> torch.export's dimension
 
 def student_graphs(student: Student, vae: Any, shapes: list[Shape]) -> list[Graph]:
     """text_encoder, student_step and vae_decoder for latents of these shapes, decoded by `vae`."""
-    sides = side_dims(student, shapes)
-    return [text_graph(student), step_graph(student, sides), decoder_graph(vae, sides)]
+    described, family = student.description, FAMILIES[student.description.family]
+    sides = side_dims(family.latent_step(student.denoiser.network), shapes)
+    nfe = described.nfe if described.k_conditioning else None
+    step = step_graph(family, student.denoiser, condition_shapes(student), sides, nfe)
+    return [text_graph(student), step, decoder_graph(vae, sides)]
 
 
 def example_shape(student: Student, shapes: list[Shape]) -> Shape:
@@ -61,10 +65,8 @@ def random_tokens(
     return torch.where(mask == 1, words, told.pad), mask
 
 
-def step_graph(student: Student, sides: Dims) -> Graph:
-    """One NFE."""
-    family, described, denoiser = FAMILIES[student.description.family], student.description, student.denoiser
-    shapes = condition_shapes(student)
+def step_graph(family: Family, denoiser: Denoiser, shapes: dict[str, Shape], sides: Dims, nfe: list[int] | None) -> Graph:
+    """One NFE. shapes: of what the denoiser is told, without the batch; nfe: the counts that a steps-aware one knows."""
 
     def example(rows: int, latents: Shape) -> Tensors:
         generator = torch.Generator().manual_seed(rows)
@@ -74,8 +76,8 @@ def step_graph(student: Student, sides: Dims) -> Graph:
             "timestep": torch.randint(1, denoiser.schedule.train_timesteps, (rows,), generator=generator).float(),
             "coefficients": torch.randn(rows, 3, generator=generator),
         }
-        if described.k_conditioning:
-            tensors["nfe"] = torch.tensor(described.nfe)[torch.randint(0, len(described.nfe), (rows,), generator=generator)]
+        if nfe is not None:
+            tensors["nfe"] = torch.tensor(nfe)[torch.randint(0, len(nfe), (rows,), generator=generator)]
         tensors |= {name: torch.randn(rows, *shapes[name], generator=generator) for name in family.conditions}
         if "mask" in tensors:
             used = torch.randint(1, shapes["mask"][0] + 1, (rows, 1), generator=generator)
@@ -120,9 +122,9 @@ def length_dim(longest: int) -> Any:
     return torch.export.Dim("length", min=2, max=longest)
 
 
-def side_dims(student: Student, shapes: list[Shape]) -> Dims:
-    """The sides of latents that differ between a student's sizes; none for a student of one size, which runs faster so."""
-    step = FAMILIES[student.description.family].latent_step(student.denoiser.network)
+def side_dims(step: int, shapes: list[Shape]) -> Dims:
+    """The sides of latents, multiples of `step`, that differ between a student's sizes; none for a student of one size, which
+    runs faster so."""
     dims: Dims = {}
     for axis, name in ((-2, "height"), (-1, "width")):
         low, high = min(shape[axis] for shape in shapes) // step, max(shape[axis] for shape in shapes) // step

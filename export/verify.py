@@ -212,9 +212,9 @@ def compare_graph(
     """ONNX against eager at several batches of the first latent shape, at a batch of two of every other, and each row of the
     largest batch against the same row alone."""
     for batch in BATCHES:
-        yield equals_eager(graph, session, graph.example(batch, shapes[0]), f"batch {batch}", precision)
+        yield equalseager(graph, session, graph.example(batch, shapes[0]), f"batch {batch}", precision)
     for shape in other_shapes(graph, shapes):
-        yield equals_eager(graph, session, graph.example(2, shape), f"latents {' x '.join(map(str, shape))}", precision)
+        yield equalseager(graph, session, graph.example(2, shape), f"latents {' x '.join(map(str, shape))}", precision)
     yield rows_equal_themselves_alone(graph, session, graph.example(max(BATCHES), shapes[0]))
 
 
@@ -228,10 +228,10 @@ def compare_with_float32(
     float32, half = forms.float32.graphs[name], forms.exported.graphs[name].module
     for shape in [shapes[0], *other_shapes(float32, shapes)]:
         inputs = float32.example(2, shape)
-        ours = _eager(half, inputs) if precision == "bf16" else _run(session, inputs)
+        ours = eager(half, inputs) if precision == "bf16" else _run(session, inputs)
         whose = "eager " if precision == "bf16" else ""
         named = f"{whose}{name} in {precision} against eager float32, inputs of {' x '.join(map(str, shape))}"
-        yield compared(named, ours, _eager(float32.module, inputs), name, precision, "float32")
+        yield compared(named, ours, eager(float32.module, inputs), name, precision, "float32")
 
 
 def other_shapes(graph: Graph, shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -239,11 +239,11 @@ def other_shapes(graph: Graph, shapes: list[tuple[int, ...]]) -> list[tuple[int,
     return shapes[1:] if "latents" in graph.dynamic else []
 
 
-def equals_eager(graph: Graph, session: Session, inputs: Tensors, when: str, precision: Precision = "fp32") -> Check:
+def equalseager(graph: Graph, session: Session, inputs: Tensors, when: str, precision: Precision = "fp32") -> Check:
     """The exported graph and its module on the same inputs."""
     how = {"fp32": "", "fp16": " fp16", "bf16": " over bf16 weights, both in float32"}[precision]
     named = f"{graph.name} equals eager{how}, {when}"
-    return compared(named, _run(session, inputs), _eager(graph.module, inputs), graph.name, precision, "eager")
+    return compared(named, _run(session, inputs), eager(graph.module, inputs), graph.name, precision, "eager")
 
 
 def compared(
@@ -295,7 +295,8 @@ def _run(session: Session, inputs: Tensors) -> list[NDArray[Any]]:
     return session.run({name: value.numpy() for name, value in inputs.items()})
 
 
-def _eager(module: torch.nn.Module, inputs: Tensors) -> list[NDArray[Any]]:
+def eager(module: torch.nn.Module, inputs: Tensors) -> list[NDArray[Any]]:
+    """What PyTorch makes of the inputs, in the order of the graph's outputs."""
     with torch.no_grad():
         outputs = module(**inputs)
     return [output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]

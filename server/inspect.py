@@ -20,13 +20,13 @@ GENERATED = ("student.json", "model.py", FOLDER, "__pycache__")  # the last is T
 @dataclass(frozen=True)
 class Inspection:
     """A verified student. engines: those of TensorRT; report: the exporter's report.json, if there is one; fingerprint: this
-    machine's."""
+    machine's, None where it cannot compute the student's precision."""
 
     folder: Path
     student: ExportedStudent
     engines: EngineManifest
     report: dict[str, Any] | None
-    fingerprint: str
+    fingerprint: str | None
     fingerprint_parts: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
@@ -60,7 +60,10 @@ def inspect(folder: Path) -> Inspection:
     check_generated(folder, student.manifest)
     check_known(folder, student.manifest)
     engines = verified_engines(folder / "1", student.manifest)
-    engine, report = Engine.of(student), read_report(folder, student.manifest)
+    report = read_report(folder, student.manifest)
+    if "bf16" in student.manifest.precision.values():
+        return Inspection(folder, student, engines, report, None, {})
+    engine = Engine.of(student)
     return Inspection(folder, student, engines, report, engine.fingerprint, engine.fingerprint_parts)
 
 
@@ -143,8 +146,7 @@ def as_text(inspection: Inspection) -> str:
     machine = [
         *labelled("engines", engine_lines(inspection.engines)),
         ("report", proof),
-        ("fingerprint", f"{inspection.fingerprint} (on this machine)"),
-        *labelled("of", aligned([(name, part) for name, part in inspection.fingerprint_parts.items()])),
+        *identity(inspection),
     ]
     parts = (aligned(facts), tables(manifest), sizes(manifest), files(inspection.student), aligned(machine))
     return "\n\n".join("\n".join(part) for part in parts)
@@ -161,6 +163,14 @@ def engine_lines(engines: EngineManifest) -> list[str]:
     head = ("graph", "precision", "size", "built by", "for compute capability")
     gpus = dict.fromkeys(gpu for plan in engines.engines for gpu in fits(plan.recipe))
     return [*aligned([head, *rows], right={2}), f"these are GPUs such as {'; '.join(gpus)}"]
+
+
+def identity(inspection: Inspection) -> list[tuple[str, str]]:
+    """Rows of the fingerprint on this machine."""
+    if inspection.fingerprint is None:
+        return [("fingerprint", "none: onnxruntime computes no bf16 on CPU, this student is for TensorRT or CUDA")]
+    parts = aligned([(name, part) for name, part in inspection.fingerprint_parts.items()])
+    return [("fingerprint", f"{inspection.fingerprint} (on this machine)"), *labelled("of", parts)]
 
 
 def labelled(label: str, lines: list[str]) -> list[tuple[str, str]]:

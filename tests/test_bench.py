@@ -62,3 +62,31 @@ def test_a_student_that_varies_with_the_batch_fails_the_determinism_benchmark(
     result = CliRunner().invoke(app, ["bench", "determinism", "--trials", "32", "--model-repository", str(bundled_repository)])
     assert result.exit_code == 1
     assert json.loads(result.stdout.splitlines()[-1])["failures"] > 0
+
+
+@pytest.mark.slow
+def test_the_export_benchmark_proves_what_it_measures() -> None:
+    result = CliRunner().invoke(app, ["bench", "export", "--model", "pixart-xl-2", "--layers", "1", "--tensorrt"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout.splitlines()[-1])
+    assert document["benchmark"] == "export"
+    assert document["prove"]["passed"]
+    assert document["prove"]["largest_error"] > 0
+    assert document["build_engine"]["computes_in"] == "fp16"
+    for stage in ("make_weights", "export", "prove", "build_engine"):
+        assert document[stage]["peak_bytes"] >= document[stage]["peak_own_bytes"] > 1e8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "flux"], "model 'flux', legal: pixart-xl-2, sdxl-unet, cogvideox-2b"),
+        (["--precision", "fp8"], "precision 'fp8', legal"),
+        (["--precision", "bf16"], "cannot be proven at full size"),
+        (["--model", "sdxl-unet", "--layers", "1"], "legal for it: none"),
+    ],
+)
+def test_the_export_benchmark_refuses_what_it_cannot_measure(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["bench", "export", *arguments])
+    assert result.exit_code == 1
+    assert said in result.stderr

@@ -20,6 +20,7 @@ from export.report import Report
 from server.engine.engine import Engine, Request
 from server.engine.errors import StudentError
 from server.engine.student import GRAPHS, STAGES, open_student
+from server.inspect import as_text, inspect
 from tdm_train.checkpoint import Student, load_student
 from tests.conftest import ROOT
 from tests.miniatures import t5, t5_tokenizer
@@ -199,6 +200,14 @@ def test_a_float16_student_makes_pictures_on_cpu_and_a_bfloat16_one_is_refused_t
     assert "student_step fp16" in engine.fingerprint_parts["precision"]
     with pytest.raises(StudentError, match=r"bf16, which onnxruntime's CPUExecutionProvider.*TensorRT or CUDA.*--precision"):
         Engine.open(exported(*HALF[1])[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_bfloat16_student_is_explained_where_it_cannot_run(exported: Exports) -> None:
+    inspection = inspect(exported(*HALF[1])[0])
+    assert inspection.fingerprint is None
+    assert "this student is for TensorRT or CUDA" in as_text(inspection)
 
 
 @pytest.mark.slow
