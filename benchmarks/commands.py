@@ -165,7 +165,7 @@ def bench_fairness(
     student: Student = None,
     model_repository: Repository = REPOSITORY,
 ) -> None:
-    """What one key that asks for ten times the server's capacity costs the other keys.
+    """What one key that asks for five times the server's capacity costs the other keys.
 
     Example: fewstep bench fairness --rounds 5
     """

@@ -1,4 +1,4 @@
-"""What one key that floods costs the others: five keys share a server, then one of them asks for ten times its capacity.
+"""What one key that floods costs the others: five keys share a server, then one of them asks for five times its capacity.
 
 The other four go on as before, with Poisson arrivals at four fifths of LOAD times the capacity. Calm and flood take turns, so
 that a machine that slows down for a while slows both. Latency counts from the intended moment of sending.
@@ -20,8 +20,8 @@ from server.gateway.keys import create
 from server.generate import open_engine
 
 KEYS = 5
-LOAD = 0.9  # of the capacity, asked for by all keys together while none floods
-FLOOD = 10.0  # times the capacity
+LOAD = 0.5  # of the capacity, asked for by all keys together while none floods
+FLOOD = 5.0  # times the capacity
 
 
 def run(repository: Path, student: str | None, rounds: int, seconds: float) -> None:
