@@ -1,7 +1,7 @@
 """Every backbone's recipe makes a student of its miniature that load_student opens and that says how it must be run."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,14 +31,6 @@ MINIATURES = {
     "cogvideox_2b": ("tdm_cogvideox_2b", VIDEO),
     "cogvideox_5b": ("tdm_cogvideox_5b", VIDEO),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def in_miniature(name: str, teacher: Path, prompts: Path) -> TdmRecipe:

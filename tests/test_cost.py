@@ -1,7 +1,7 @@
 """What a run is said to cost is what it does cost."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,6 @@ from tdm_train.tdm_recipe import TdmRecipe
 from tests.miniatures import CLIP_LENGTH, FRAMES, HEIGHT, PROMPTS, T5_LENGTH, WIDTH
 
 NAMES = ["pixart_sigma", "stable_diffusion", "sdxl", "sd3", "cogvideox_2b", "cogvideox_5b"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def recipe_of(name: str, teacher: Path, **changes: Any) -> TdmRecipe:

@@ -1,6 +1,6 @@
 """A run that cannot become a student is stopped with the reason, and one that can is not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,14 +18,6 @@ from tdm_train.trainer import train_tdm
 from tests.miniatures import PROMPTS, T5_LENGTH
 
 TEACHER, START = Quality(1.0, 0.02, 0.9), Quality(0.8, 0.004, 0.6)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_samples_between_the_teachers_and_those_the_student_began_with_pass() -> None:

@@ -1,7 +1,7 @@
 """LoRA: one network under three roles, and files of its student that others open."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,6 @@ from tests.miniatures import CLIP_LENGTH, FRAMES, HEIGHT, PROMPTS, T5_LENGTH, WI
 
 LOADED_BY_DIFFUSERS = ("stable_diffusion", "sdxl", "sd3", "cogvideox_2b", "cogvideox_5b")
 T = torch.tensor([700.0, 300.0])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def recipe_for(name: str, teacher: Path, **changes: Any) -> TdmRecipe:
