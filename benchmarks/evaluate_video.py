@@ -27,19 +27,19 @@ CHUNK = 25
 
 
 class VideoEvaluation:
-    """Draws `count` held-out captions and judges clips of them. `frechet` of its rows is the distance to renders of 2,000
-    other held-out clips.
+    """Draws `count` held-out captions and judges clips of them. `frechet` of its rows is the distance to renders of the
+    held-out clips of `reference`.
 
     Clip-making functions are called with a slice of the captions and return uint8 [n, F, H, W, 3].
     """
 
-    def __init__(self, count: int, seed: int, evaluator: Evaluator | None = None):
+    def __init__(self, count: int, seed: int, reference: range = REFERENCE_CLIPS):
         self.count, self.seed = count, seed
         self.clips, self.captions, self.claims = zip(*held_out_captions(count, seed), strict=True)
-        self.evaluator = evaluator or load_evaluator()
+        self.evaluator: Evaluator = load_evaluator()
         features = []
-        for start in tqdm(range(0, len(REFERENCE_CLIPS), 100), desc="renders", leave=False):
-            drawn = [draw_clip(seed, "held_out") for seed in REFERENCE_CLIPS[start : start + 100]]
+        for start in tqdm(range(0, len(reference), 100), desc="renders", leave=False):
+            drawn = [draw_clip(clip, "held_out") for clip in reference[start : start + 100]]
             features.append(self.evaluator.look(render_clips(drawn))[0])
         self.reference = np.concatenate(features)
 

@@ -10,6 +10,8 @@ from diffusers import AutoencoderKL, CogVideoXPipeline, DiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.evaluate_video import VideoEvaluation, VideoTeacher
+from tdm_train.recipes import RECIPES
 from tdm_train.scenes.evaluator import frechet_distance
 from tdm_train.scenes.world import COLOURS
 from tdm_train.scenes_video.autoencoder import draw_blocks, new_autoencoder, to_blocks, to_clips
@@ -250,3 +252,24 @@ def test_a_text_encoder_learns_what_captions_state() -> None:
     assert reader.exact(tokens, answers).float().mean() >= 0.9
     wrong = {**answers, "motion": answers["motion"].roll(1)}
     assert reader.exact(tokens, wrong).float().mean() <= 0.3
+
+
+@pytest.mark.slow
+def test_the_recipes_build_on_one_another_up_to_a_teacher_that_makes_clips(tmp_path: Path) -> None:
+    vae, text = tmp_path / "vae", tmp_path / "text"
+    replace(RECIPES["motion_vae"], iterations=1, batch=1, image_vae=str(ROOT / "tdm_train/scenes/teacher/vae")).train(
+        vae, False
+    )
+    replace(RECIPES["motion_text_encoder"], iterations=1, batch=4).train(text, False)
+    teacher = replace(
+        RECIPES["motion_teacher"],
+        vae=str(vae / "vae"),
+        text_encoder=str(text / "text_encoder"),
+        clips=4,
+        iterations=2,
+        batch=4,
+    )
+    teacher.train(tmp_path / "teacher", False)
+    row = VideoTeacher(tmp_path / "teacher/teacher", VideoEvaluation(2, seed=0, reference=range(150))).row(steps=2, guidance=3)
+    assert row.nfe == 4
+    assert row.pictures.shape == (2, FRAMES, FRAME_SIZE, FRAME_SIZE, 3)

@@ -84,7 +84,7 @@ def draw_blocks(seeds: range, object_weight: float) -> tuple[torch.Tensor, torch
 
 def train_autoencoder(recipe: MotionAutoencoderRecipe, out: Path, resume: bool) -> None:
     """Trains the inflated autoencoder of `recipe.image_vae` on renders and saves the averaged weights to `out/vae`."""
-    run = Run(out, recipe.iterations, recipe.seed, resume)
+    run = Run(out, recipe, resume)
     vae = new_autoencoder()
     inflate(AutoencoderKL.from_pretrained(recipe.image_vae, dtype=torch.float32), vae)
     loss_of, optimizer = run.prepare(
@@ -105,7 +105,7 @@ def train_autoencoder(recipe: MotionAutoencoderRecipe, out: Path, resume: bool) 
 
 
 @torch.no_grad()
-def latent_scale(vae: AutoencoderKLCogVideoX, clips: int = 256) -> float:
+def latent_scale(vae: AutoencoderKLCogVideoX, clips: int = 64) -> float:
     """One over the standard deviation of the latents: what diffusers calls the scaling factor."""
     frames = np.stack([render_clip(draw_clip(seed)) for seed in range(clips)])
     return 1 / float(vae.encode(to_blocks(torch.from_numpy(frames))).latent_dist.mean.std())

@@ -109,7 +109,7 @@ class EvaluatorLoss(nn.Module):
 
 def train_evaluator(recipe: MotionEvaluatorRecipe, out: Path, resume: bool) -> None:
     """Trains on blemished renders of every split but the evaluation seeds and saves `out/evaluator.safetensors`."""
-    run = Run(out, recipe.iterations, recipe.seed, resume)
+    run = Run(out, recipe, resume)
     loss_of, optimizer = run.prepare(EvaluatorLoss(new_evaluator()), recipe.lr, recipe.warmup, recipe.ema)
     for step in run.steps():
         first = 10**9 + (step * run.processes + run.rank) * recipe.batch

@@ -135,7 +135,7 @@ def draw_captions(seeds: np.ndarray, epoch: int, dropout: float) -> list[str]:
 
 def train_teacher(recipe: MotionTeacherRecipe, out: Path, resume: bool) -> None:
     """Encodes the training clips with the autoencoder of `recipe.vae`, trains, and saves a diffusers pipeline folder."""
-    run = Run(out, recipe.iterations, recipe.seed, resume)
+    run = Run(out, recipe, resume)
     vae = AutoencoderKLCogVideoX.from_pretrained(recipe.vae)
     text_encoder = T5EncoderModel.from_pretrained(recipe.text_encoder, dtype=torch.float32).to(run.device).eval()
     share = recipe.clips // run.processes

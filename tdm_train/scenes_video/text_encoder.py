@@ -98,7 +98,7 @@ def draw_claims(
 
 def train_text_encoder(recipe: MotionTextEncoderRecipe, out: Path, resume: bool) -> None:
     """Trains on captions of the training split and saves `out/text_encoder` and `out/tokenizer`."""
-    run = Run(out, recipe.iterations, recipe.seed, resume)
+    run = Run(out, recipe, resume)
     tokenizer = new_tokenizer()
     torch.manual_seed(recipe.seed)
     reader = ClaimReader(new_text_encoder(len(tokenizer)))
