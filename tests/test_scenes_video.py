@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from benchmarks.evaluate_video import VideoEvaluation, VideoTeacher
 from tdm_train.recipes import RECIPES
 from tdm_train.scenes.evaluator import frechet_distance
+from tdm_train.scenes.text_encoder import new_text_encoder
 from tdm_train.scenes.world import COLOURS
 from tdm_train.scenes_video.autoencoder import draw_blocks, new_autoencoder, to_blocks, to_clips
 from tdm_train.scenes_video.captions import Claim, adherence, caption, held_out_captions, truth, video_prompts
@@ -26,7 +27,7 @@ from tdm_train.scenes_video.teacher import (
     save_teacher,
     teacher_sampler,
 )
-from tdm_train.scenes_video.text_encoder import ClaimReader, answers_of, draw_claims, new_text_encoder, new_tokenizer, tokenize
+from tdm_train.scenes_video.text_encoder import ClaimReader, answers_of, draw_claims, new_tokenizer, tokenize
 from tdm_train.scenes_video.world import (
     DIRECTIONS,
     FRAME_SIZE,

@@ -104,6 +104,17 @@ def test_a_key_that_floods_leaves_seats_empty_while_others_have_been_there_latel
     assert later[-1] == 16
 
 
+def test_nobody_waits_for_the_decodes_of_a_key_that_floods(tmp_path: Path) -> None:
+    scheduler = Scheduler(fake_engine(build_tiny_student(tmp_path), FakeClock(), 4), FreeDevice(), MemoryMetrics())
+    polite, flood, done = [member("a")], [member("flood")], [member("flood") for _ in range(9)]
+    turns = [scheduler.decodes_next(polite, done, {"flood"}) for _ in range(2 * TURN)]
+    assert [turn for turn, decodes in enumerate(turns, 1) if decodes] == [TURN, 2 * TURN], "but not for ever"
+    assert scheduler.decodes_next(flood, [member("a")], {"flood"}), "nor for its NFEs"
+    scheduler.just_decoded = True
+    assert not scheduler.decodes_next(polite, [member("b")], {"flood"}), "the others take turns"
+    assert scheduler.decodes_next([], done, {"flood"})
+
+
 # --- a whole second of everybody's, on a clock that moves only when the networks run ---------------------------------------
 
 

@@ -4,6 +4,7 @@ Image teachers stand on text encoders that already understand text. One trained 
 learned which of two objects "above" belongs to: the image loss hardly rewards it (see tdm_train/LOG.md).
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +34,19 @@ CAPTION_ANSWERS: dict[str, tuple[str | None, ...]] = {"place": PLACES, "backgrou
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the world's captions, lower-cased, closed by `</s>`; other words become `<unk>`."""
-    words = ("<pad>", "</s>", "<unk>", *vocabulary())
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    """Of the words of the world's captions."""
+    return word_tokenizer(vocabulary(), TEXT_LENGTH)
+
+
+def word_tokenizer(words: Iterable[str], length: int) -> PreTrainedTokenizerFast:
+    """One token per word, lower-cased, closed by `</s>`; other words become `<unk>`. length: of the longest text, in tokens."""
+    known = ("<pad>", "</s>", "<unk>", *words)
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(known)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_LENGTH
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length
     )
 
 

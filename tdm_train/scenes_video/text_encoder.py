@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from tdm_train.recipes import MotionTextEncoderRecipe
 from tdm_train.run import Run
+from tdm_train.scenes.text_encoder import new_text_encoder, word_tokenizer
 from tdm_train.scenes.world import Split
 from tdm_train.scenes_video.captions import Claim, caption, vocabulary
 from tdm_train.scenes_video.world import ATTRIBUTES, draw_clip
@@ -25,23 +25,8 @@ ANSWERS: dict[str, tuple[str | None, ...]] = {name: (None, *values) for name, va
 
 
 def new_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word of the captions of clips, lower-cased, closed by `</s>`; other words become `<unk>`."""
-    words = ("<pad>", "</s>", "<unk>", *vocabulary())
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=TEXT_LENGTH
-    )
-
-
-def new_text_encoder(vocabulary_size: int) -> T5EncoderModel:
-    """An untrained T5 encoder: 3 layers of width 96."""
-    config = T5Config(
-        vocab_size=vocabulary_size, d_model=96, d_kv=24, d_ff=256, num_layers=3, num_heads=4, dropout_rate=0.0, pad_token_id=0
-    )
-    return T5EncoderModel(config)
+    """Of the words of the captions of clips."""
+    return word_tokenizer(vocabulary(), TEXT_LENGTH)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
