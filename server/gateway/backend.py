@@ -111,6 +111,8 @@ class StudentCard:
     text_length: int
     max_prompt_characters: int
     manifest_sha256: str
+    frames: int | None = None
+    fps: int | None = None
     fingerprint: str = ""
     fingerprint_parts: dict[str, str] = field(default_factory=dict)
 
