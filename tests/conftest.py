@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -12,8 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine
 
 from server.gateway.inprocess_backend import InProcessBackend
+from server.jobs.store import JobStore
+from tests import postgres as real_postgres
+from tests.fakes import FakeClock
 from tests.tiny_student import build_tiny_student
 
 # For torch, which reads it when it is imported: the tests' networks are so small that threads only wait for each other, ten
@@ -120,3 +125,38 @@ def triton_server(bundled_repository: Path) -> Iterator[Server]:
     server = start_server(bundled_repository)
     yield server
     assert server.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a real PostgreSQL, with {} for the name of a database; `postgres` is one."""
+    with real_postgres.running() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def jobs_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database for jobs, of either kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/jobs.sqlite"
+    server: str = request.getfixturevalue("postgres")
+    name = f"jobs_{secrets.token_hex(8)}"
+    engine = create_engine(server.format("postgres"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    engine.dispose()
+    return server.format(name)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    """Stands still at 0."""
+    return FakeClock()
+
+
+@pytest.fixture
+def store(jobs_url: str, clock: FakeClock) -> Iterator[JobStore]:
+    """An empty store by `clock`: leases of 10 s, 3 attempts, files for 100 s."""
+    store = JobStore(jobs_url, lease_seconds=10, attempts=3, expiry_seconds=100, clock=clock)
+    yield store
+    store.close()
