@@ -116,8 +116,6 @@ class StudentCard:
     text_length: int
     max_prompt_characters: int
     manifest_sha256: str
-    frames: int | None = None
-    fps: int | None = None
     fingerprint: str = ""
     fingerprint_parts: dict[str, str] = field(default_factory=dict)
 
@@ -161,6 +159,10 @@ class Backend(Protocol):
 
         Cancelling the task stops the work within one NFE. Raises an EngineError or a BackendError.
         """
+        ...
+
+    def processes(self) -> list[int]:
+        """The ids of the processes that run students now."""
         ...
 
     async def ready(self) -> bool:

@@ -1,6 +1,7 @@
-"""A body of multipart/form-data: fields whose text is what JSON would have written, and no files."""
+"""Bodies of multipart/form-data, and queries: fields whose text is what JSON would have written, and no files."""
 
 import json
+from collections.abc import Iterable
 from typing import Any, TypeVar, get_args
 
 from fastapi import Request
@@ -24,8 +25,18 @@ async def read_json_or_form(request: Request, schema: type[Schema]) -> Schema:
 
 async def read_form(request: Request, schema: type[Schema]) -> Schema:
     """A form as `schema`: a field of text as it stands, any other as JSON would have it."""
+    return from_pairs(schema, await fields(request))
+
+
+def read_query(request: Request, schema: type[Schema]) -> Schema:
+    """The part of the address after the question mark, read as a form is. Raises ApiError 400."""
+    return from_pairs(schema, request.query_params.multi_items())
+
+
+def from_pairs(schema: type[Schema], pairs: Iterable[tuple[str, str | UploadFile]]) -> Schema:
+    """Names and values as `schema`. Raises ApiError 400 that names the field."""
     found: dict[str, Any] = {}
-    for name, value in await fields(request):
+    for name, value in pairs:
         if isinstance(value, UploadFile):
             raise invalid(f"the field {show(name)} is a file, and none are taken", name, "unsupported_value")
         if name in found:

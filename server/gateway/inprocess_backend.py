@@ -1,6 +1,7 @@
 """Students run by the engine in this process, without Triton: the same scheduler, so the same pixels."""
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -70,6 +71,9 @@ class InProcessBackend:
         spans = tuple(Span(span.stage, span.begin, span.nanoseconds, span.batch) for span in result.spans)
         named = {name: getattr(result, name) for name in ("tokens", "fingerprint", "fingerprint_parts")}
         return Generated(result.image, spans, **named, round_trip=time.perf_counter_ns() - begin)
+
+    def processes(self) -> list[int]:
+        return [os.getpid()]
 
     async def ready(self) -> bool:
         return bool(self.students) and all(thread.is_alive() for thread in self.threads)

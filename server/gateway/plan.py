@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from server.gateway.backend import GenerationRequest, StudentCard
 from server.gateway.errors import ApiError, invalid, show, show_unless_prompt
@@ -16,6 +16,7 @@ RAW_FORMATS: dict[str, Format] = {"image/png": "png", "image/jpeg": "jpeg", "ima
 BEST = 100  # the default of output_compression, as with OpenAI
 TIMEOUT_HEADER = "x-request-timeout-ms"
 MediaType = Literal["image", "video"]
+Kind = TypeVar("Kind")
 QUALITY_BY_NFE = {nfe: quality for quality, nfe in NFE_BY_QUALITY.items()}
 
 
@@ -82,7 +83,7 @@ def make_plan(
     """headers: by lower-case name. Raises ApiError 400, or 404 for an unknown model."""
     refuse_unsupported(asked)
     student = find_student(asked.model, students, "image")
-    raw_format = wanted_raw(headers.get("accept", ""))
+    raw_format = preferred(headers.get("accept", ""), RAW_FORMATS)
     nfe = legal_nfe(asked, student)
     count, first = asked.n or 1, asked.image_index or 0
     if raw_format and count > 1:
@@ -224,12 +225,12 @@ def legal_timeout(given: str | None, longest_ms: int) -> int:
     return min(int(given), longest_ms)
 
 
-def wanted_raw(accept: str) -> Format | None:
-    """The format of the first image type that an Accept header names before application/json or a wildcard."""
+def preferred(accept: str, kinds: Mapping[str, Kind]) -> Kind | None:
+    """What stands for the first type that an Accept header names before application/json or a wildcard."""
     for part in accept.split(","):
         kind = part.partition(";")[0].strip().lower()
-        if kind in RAW_FORMATS:
-            return RAW_FORMATS[kind]
+        if kind in kinds:
+            return kinds[kind]
         if kind in ("application/json", "*/*"):
             return None
     return None

@@ -74,6 +74,45 @@ class VideoGeneration(Generation):
     num_frames: Annotated[int | None, Field(description="only the student's")] = None
 
 
-def request_body(schema: type[BaseModel]) -> dict[str, Any]:
-    """The OpenAPI description of a body that the route reads itself."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema.model_json_schema()}}}}
+class VideoList(BaseModel):
+    """The query of GET /v1/videos."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    after: Annotated[str | None, Field(description="id of the last video of the page before")] = None
+    limit: Annotated[int, Field(ge=1, le=100, description="videos on a page")] = 20
+    order: Annotated[Literal["asc", "desc"], Field(description="by creation; desc: the newest first")] = "desc"
+
+
+class VideoContent(BaseModel):
+    """The query of GET /v1/videos/{video_id}/content."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    variant: Annotated[Literal["video", "thumbnail"], Field(description="thumbnail: one frame as WebP")] = "video"
+    format: Annotated[
+        Literal["mp4", "webp", "gif"] | None, Field(description="of a video; webp and gif: animations made from the mp4")
+    ] = None
+
+    @model_validator(mode="after")
+    def thumbnails_are_webp(self) -> Self:
+        """Raises ValueError for a format that a thumbnail has not."""
+        if self.variant == "thumbnail" and self.format not in (None, "webp"):
+            raise ValueError("a thumbnail is a webp; format must be that or absent")
+        return self
+
+
+def request_body(schema: type[BaseModel], *kinds: str) -> dict[str, Any]:
+    """The OpenAPI description of a body that the route reads itself; kinds: its types, JSON alone where none is named."""
+    described = {"schema": schema.model_json_schema()}
+    return {"requestBody": {"required": True, "content": dict.fromkeys(kinds or ("application/json",), described)}}
+
+
+def query_parameters(schema: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI description of a query that the route reads itself."""
+    named = schema.model_json_schema()["properties"].items()
+    return {
+        "parameters": [
+            {"name": name, "in": "query", "description": said.pop("description", ""), "schema": said} for name, said in named
+        ]
+    }

@@ -62,11 +62,18 @@ def yuv(frame: Frames, index: int, fps: int) -> av.VideoFrame:
     return picture
 
 
-def read_mp4(content: bytes) -> Frames:
-    """What a player shows of an mp4, uint8 [F, H, W, 3]."""
+def read_mp4(content: bytes) -> tuple[Frames, int]:
+    """What a player shows of an mp4 of ours, uint8 [F, H, W, 3], and its frames per second."""
     with av.open(io.BytesIO(content), "r") as container:
+        rate = container.streams.video[0].average_rate
         frames: list[Frames] = [frame.to_ndarray(format="rgb24").astype(np.uint8) for frame in container.decode(video=0)]
-    return np.stack(frames)
+    assert rate is not None
+    return np.stack(frames), round(rate)
+
+
+def animate(mp4: bytes, format: Literal["webp", "gif"]) -> bytes:
+    """An mp4 of ours as an animation: where colours meet it is less sharp than the frames were, as the mp4 is."""
+    return write_animation(*read_mp4(mp4), format)
 
 
 def write_animation(frames: Frames, fps: int, format: Literal["webp", "gif"]) -> bytes:

@@ -4,11 +4,12 @@ import hashlib
 import math
 import re
 import secrets
+import time
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from server.gateway.backend import StudentCard
+from server.gateway.backend import GenerationRequest, StudentCard
 from server.gateway.errors import invalid, show
 from server.gateway.plan import find_student, legal_nfe, legal_prompt, legal_size, refuse_guidance, spread
 from server.gateway.schemas import VideoGeneration
@@ -45,6 +46,12 @@ class VideoPlan:
     def seconds(self) -> str:
         """As the object of a video says it."""
         return duration(self.student)
+
+    def request(self) -> GenerationRequest:
+        """What the backend is asked; a job may take as long as the backend allows."""
+        left = None if math.isinf(self.deadline) else max(round((self.deadline - time.monotonic()) * 1000), 1)
+        student = self.student.name
+        return GenerationRequest(student, self.prompt, self.seed, 0, self.nfe, self.size, self.previews, left, who=self.who)
 
     def document(self) -> dict[str, Any]:
         """What a job keeps, from which `planned` makes the plan again."""

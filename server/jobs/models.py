@@ -121,6 +121,14 @@ class Lease:
 
 
 @dataclass(frozen=True)
+class Work:
+    """So many jobs, and NFEs that they have yet to execute."""
+
+    jobs: int
+    nfe: int
+
+
+@dataclass(frozen=True)
 class Page:
     """A part of a list. has_more: whether the list goes on after it."""
 

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, aliased
 
 from server.jobs.database import Database
 from server.jobs.errors import IdempotencyConflict, LeaseLost, NoSuchJob
-from server.jobs.models import ENDS, Facts, Job, Lease, Page, Status, StoredFile, new_id
+from server.jobs.models import ENDS, Facts, Job, Lease, Page, Status, StoredFile, Work, new_id
 
 FORGET_SECONDS = 30 * 86_400  # for which the row of a job outlives its files, so that its owner is told 410
 LONGEST_KEY = 255  # characters of an idempotency key
@@ -41,11 +41,13 @@ class JobStore:
         nfe: int,
         idempotency_key: str | None = None,
         body_sha256: str | None = None,
+        admit: Callable[[dict[str, Work]], None] | None = None,
     ) -> tuple[Job, bool]:
         """A new job that is on disk, and True; or the one that this owner made with this key before, and False.
 
-        nfe: evaluations that it will take, at least 1; body_sha256: of what was sent with the key. Raises
-        IdempotencyConflict, or ValueError for a key that is empty or too long."""
+        nfe: evaluations that it will take, at least 1; body_sha256: of what was sent with the key; admit: hears what waits, by
+        owner, and may raise to refuse a new job, while no other is made. Raises IdempotencyConflict, or ValueError for a key
+        that is empty or too long."""
         assert nfe >= 1
         if idempotency_key is not None and not 1 <= len(idempotency_key) <= LONGEST_KEY:
             raise ValueError(f"an idempotency key has 1 to {LONGEST_KEY} characters, got {len(idempotency_key)}")
@@ -56,6 +58,8 @@ class JobStore:
                 if known.body_sha256 != body_sha256:
                     raise IdempotencyConflict("this idempotency key was sent with another body before")
                 return known, False
+            if admit:
+                admit(open_work(session))
             job = Job(
                 id=new_id(),
                 owner=owner,
@@ -195,6 +199,12 @@ class JobStore:
             rows = session.execute(query if owner is None else query.where(Job.owner == owner)).all()
         return {status: count for status, count in rows}
 
+    def failures(self) -> dict[str, int]:
+        """How many jobs have failed, by code."""
+        query = select(Job.error_code, func.count()).where(Job.status == "failed").group_by(Job.error_code)
+        with self.database.reading() as session:
+            return {str(code): count for code, count in session.execute(query)}
+
     def close(self) -> None:
         """Gives the connections back."""
         self.database.close()
@@ -208,6 +218,12 @@ class JobStore:
         self.end(job, "failed", now)
         job.error_code = "worker_died"
         job.error_message = f"the job's worker ended before the job, {job.attempts} times; it is not tried again"
+
+
+def open_work(session: Session) -> dict[str, Work]:
+    """What is yet to be done of the jobs that have not ended, by owner."""
+    sums = select(Job.owner, func.count(), func.sum(Job.nfe - Job.executed_nfe)).where(Job.available_at.is_not(None))
+    return {owner: Work(jobs, int(nfe)) for owner, jobs, nfe in session.execute(sums.group_by(Job.owner))}
 
 
 def keyed(owner: str, key: str) -> Select[Job]:
