@@ -39,6 +39,9 @@ class Ear:
     def cancelled(self) -> bool:
         return not self.wanted
 
+    def stepped(self, step: int) -> None:
+        raise AssertionError("no step was to be told")
+
     def preview(self, step: int, image: Pixels) -> None:
         raise AssertionError("no preview was asked for")
 

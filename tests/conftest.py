@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,36 @@ def miniatures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     folder = tmp_path_factory.mktemp("miniatures")
     return lambda name: folder / name if (folder / name).exists() else save_miniature(name, folder / name)
+
+
+@pytest.fixture(scope="session")
+def video_repository(tmp_path_factory: pytest.TempPathFactory, bundled_repository: Path) -> Path:
+    """A model repository with the bundled student and a miniature CogVideoX student with random weights: "cogvideox-2b", 17
+    frames of 48x32 at 8 fps, 1 to 4 NFE. Not to be changed."""
+    from export.publish import export_student
+    from tests.miniatures import save_miniature_student
+
+    folder = tmp_path_factory.mktemp("videos")
+    export_student(save_miniature_student("cogvideox_2b", folder), folder / "repository")
+    shutil.copytree(bundled_repository / "scenes", folder / "repository" / "scenes")
+    return folder / "repository"
+
+
+@pytest.fixture(scope="session")
+def video_backend(video_repository: Path) -> Iterator[InProcessBackend]:
+    """The students of video_repository, run in this process. Not to be changed."""
+    backend = InProcessBackend(video_repository)
+    asyncio.run(backend.start())
+    yield backend
+    asyncio.run(backend.stop())
+
+
+@pytest.fixture(scope="session")
+def video_server(video_repository: Path) -> Iterator[Server]:
+    """The students of video_repository behind the real Triton and the real gateway. Not to be killed."""
+    server = start_server(video_repository)
+    yield server
+    assert server.stop() == 0
 
 
 @pytest.fixture(scope="session")

@@ -203,12 +203,17 @@ class Recorder:
     def __init__(self) -> None:
         self.wanted = True
         self.asked = 0
+        self.steps: list[int] = []
         self.previews: list[tuple[int, Pixels]] = []
         self.answers: list[Result | EngineError] = []
 
     def cancelled(self) -> bool:
         self.asked += 1
         return not self.wanted
+
+    def stepped(self, step: int) -> None:
+        assert not self.answers, "a step after the last word"
+        self.steps.append(step)
 
     def preview(self, step: int, image: Pixels) -> None:
         assert not self.answers, "a preview after the last word"

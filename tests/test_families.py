@@ -28,50 +28,12 @@ from export.verify import PROMPTS, exported_latents
 from server.engine.engine import Engine, Request
 from server.engine.student import GRAPHS
 from tdm_train.backbones import backbone_of
-from tdm_train.checkpoint import Student, load_student, open_pipeline, save_student
-from tdm_train.description import Description, Family
-from tdm_train.steps_aware import make_steps_aware, timestep_embedding
-from tests.miniatures import MINIATURES, save_miniature, tiny_autoencoder
+from tdm_train.checkpoint import Student, load_student
+from tdm_train.description import Family
+from tests.miniatures import FRAMES, LADDER, MINIATURES, VIDEOS, save_miniature_student, tiny_autoencoder
 
-LADDER = [1, 2, 3, 4]
-VIDEOS = ("cogvideox_2b", "cogvideox_5b")
 EPSILON = ("pixart_alpha", "pixart_sigma", "stable_diffusion", "sdxl")
 RELEASED_GRID = {4: [999.0, 856.0, 665.0, 399.0]}
-
-
-def describe(name: str, family: str, **changes: Any) -> Description:
-    """What student.json says of a miniature."""
-    video = name in VIDEOS
-    fields = {
-        "name": name.replace("_", "-"),
-        "family": family,
-        "base": "random",
-        "revision": "0",
-        "nfe": LADDER,
-        "default_nfe": 4,
-        "text_length": 77 if family in ("stable_diffusion", "sdxl") else 24,
-        "sizes": ["48x32"] if video else ["64x64", "48x32"],
-        "frames": 9 if video else None,
-        "fps": 8 if video else None,
-        "k_conditioning": True,
-        "adapter_scale": None,
-        "training": {},
-    }
-    return Description.model_validate(fields | changes)
-
-
-def save_miniature_student(name: str, folder: Path, sampler: Any = None, **changes: Any) -> Path:
-    """A steps-aware student of a miniature with random K vectors, saved the way training does."""
-    teacher = open_pipeline(save_miniature(name, folder / "teacher"))
-    backbone = backbone_of(teacher)
-    network, described = getattr(teacher, backbone.NETWORK), describe(name, backbone.FAMILY, **changes)
-    if described.k_conditioning:
-        make_steps_aware(network, tuple(described.nfe))
-        with torch.random.fork_rng():
-            torch.manual_seed(1)
-            torch.nn.init.normal_(timestep_embedding(network)[1].k_embedding)
-    save_student(teacher, network, described, folder / "student", sampler)
-    return folder / "student"
 
 
 @dataclass(frozen=True)
@@ -231,8 +193,8 @@ def test_a_tiny_decoder_is_exported_beside_the_full_one_under_a_name_of_its_own(
 def test_a_video_comes_out_of_the_engine_with_all_its_frames(exported: Callable[[str], Exported]) -> None:
     engine = Engine.open(exported("cogvideox_2b").published)
     result = engine.run(Request("a red circle", 7, 0, 2, "48x32"))
-    assert result.image.shape == (9, 32, 48, 3)
-    assert engine.manifest.sizes == {"48x32": [3, 4, 4, 6]}
+    assert result.image.shape == (FRAMES, 32, 48, 3)
+    assert engine.manifest.sizes == {"48x32": [5, 4, 4, 6]}
 
 
 @pytest.mark.slow

@@ -23,8 +23,7 @@ from server.engine.student import GRAPHS, STAGES, open_student
 from server.inspect import as_text, inspect
 from tdm_train.checkpoint import Student, load_student
 from tests.conftest import ROOT
-from tests.miniatures import t5, t5_tokenizer
-from tests.test_families import save_miniature_student
+from tests.miniatures import save_miniature_student, t5, t5_tokenizer
 
 SMALL = {"nfe": [1, 4], "sizes": ["64x64"]}
 Exports = Callable[[str, str], tuple[Path, Report]]

@@ -239,6 +239,16 @@ def test_previews_are_decoded_for_those_who_asked_and_for_nobody_else(tiny: Path
     assert stage.metrics.values["fewstep_batch_size_sum", (("stage", "vae_decoder"),)] == 4
 
 
+def test_executed_nfes_are_told_to_those_who_asked_and_cost_no_decode(tiny: Path) -> None:
+    stage = Stage(tiny)
+    asked, other = stage.submit(1, tells_steps=True), stage.submit(2, nfe=2)
+    stage.scheduler.tick()
+    assert asked.steps == [1], "told when it is executed, and not in the end"
+    stage.finish()
+    assert (asked.steps, other.steps) == ([1, 2, 3, 4], [])
+    assert stage.metrics.values["fewstep_batch_size_sum", (("stage", "vae_decoder"),)] == 2
+
+
 def test_nan_fails_its_own_request_alone(tiny: Path) -> None:
     stage = Stage(tiny)
     bad, good = stage.submit(NAN_SEED), stage.submit(2)

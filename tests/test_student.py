@@ -93,6 +93,9 @@ def test_the_gateway_reads_back_what_the_exporter_wrote_for_triton(tiny_reposito
     assert card.nfe == tuple(manifest.nfe)
     assert list(card.sizes) == list(manifest.sizes)
     assert card.default_size == "64x64"
+    assert (card.frames, card.fps) == (None, None)
+    video = manifest.model_copy(update={"media_type": "video", "frames": 17, "fps": 8})
+    assert (StudentCard.parse(student_parameters(video)).frames, StudentCard.parse(student_parameters(video)).fps) == (17, 8)
     assert manifest.digest() in triton_config(manifest)
 
 

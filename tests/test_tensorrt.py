@@ -28,8 +28,7 @@ from server.engine.session import PROVIDER, open_graph
 from server.engine.student import GRAPHS, StudentManifest, read_manifest, sha256_of
 from tdm_train.checkpoint import Student, load_student
 from tests.conftest import ROOT
-from tests.miniatures import MINIATURES
-from tests.test_families import save_miniature_student
+from tests.miniatures import MINIATURES, save_miniature_student
 from tests.test_imports import loaded_after
 from tests.tiny_student import build_tiny_student, tiny_manifest, write_manifest
 

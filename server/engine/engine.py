@@ -1,7 +1,7 @@
 """A student's three stages on batches of requests: prepare, one NFE, decode.
 
-A `Progress` holds all the state of one image, so whoever calls `step` decides what runs between two NFEs and with whom:
-rows of a batch may be at different steps and have different NFE counts. See scheduler.py for who does.
+A `Progress` holds all the state of one image or video, so whoever calls `step` decides what runs between two NFEs and with
+whom: rows of a batch may be at different steps and have different NFE counts. See scheduler.py for who does.
 """
 
 import time
@@ -32,8 +32,9 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Request:
-    """One image of one request. seed: 0..2^64-1; size: "WxH"; previews: after which NFEs (1 .. nfe - 1) x0 is shown; probe:
-    asked by the server itself, to see whether it works; who: the key that asks; keys share the device evenly."""
+    """One image or video of one request. seed: 0..2^64-1; size: "WxH"; previews: after which NFEs (1 .. nfe - 1) x0 is shown;
+    tells_steps: whether each NFE is told when it is executed; probe: asked by the server itself, to see whether it works; who:
+    the key that asks; keys share the device evenly."""
 
     prompt: str
     seed: int
@@ -41,6 +42,7 @@ class Request:
     nfe: int
     size: str
     previews: tuple[int, ...] = ()
+    tells_steps: bool = False
     probe: bool = False
     who: str = ""
 
@@ -153,7 +155,7 @@ class Engine:
         return 1 if self.fixed_batch else min(DECODE_BATCH, self.manifest.max_batch)
 
     def run(self, request: Request) -> Result:
-        """One image alone, from prompt to pixels. Raises InvalidRequest or NumericalError."""
+        """One image or video alone, from prompt to pixels. Raises InvalidRequest or NumericalError."""
         progress = self.prepare(request)
         while progress.remaining:
             if error := self.step([progress])[0]:

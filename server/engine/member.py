@@ -1,4 +1,4 @@
-"""One image under way: its state, whose it is, and where its answers go."""
+"""One image or video under way: its state, whose it is, and where its answers go."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,8 +15,12 @@ class Sink(Protocol):
         """Asked before each piece of work on the request; True drops it."""
         ...
 
+    def stepped(self, step: int) -> None:
+        """NFE `step` (1 ..) is executed; of requests that want to be told."""
+        ...
+
     def preview(self, step: int, image: Pixels) -> None:
-        """The x0 prediction after NFE `step`, uint8 [H, W, 3]."""
+        """The x0 prediction after NFE `step`, uint8 [H, W, 3], of a video [F, H, W, 3] with its first frames."""
         ...
 
     def done(self, result: Result) -> None: ...
@@ -26,7 +30,8 @@ class Sink(Protocol):
 
 @dataclass(eq=False)
 class Member:
-    """One image under way. deadline in seconds of the scheduler's clock; shown: x0 predictions that wait for the decoder."""
+    """One image or video under way. deadline in seconds of the scheduler's clock; shown: x0 predictions that wait for the
+    decoder."""
 
     progress: Progress
     sink: Sink

@@ -168,6 +168,8 @@ class Scheduler:
         if progress.step == 1:
             waited = self.clock() - member.submitted - span.nanoseconds / 1e9
             member.metrics.observe("fewstep_queue_wait_seconds", max(waited, 0.0))
+        if progress.request.tells_steps:
+            tell(member.sink.stepped, progress.step)
         if progress.step in progress.request.previews:
             member.shown.append((progress.step, progress.x0))
 

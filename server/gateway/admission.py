@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from server.gateway.backend import BackendImage
+from server.gateway.backend import Generated
 from server.gateway.errors import ApiError
 from server.gateway.plan import Plan
 
@@ -82,7 +82,7 @@ class Admission:
         cost = self.costs[plan.student.name, plan.size]
         return images * (plan.nfe * cost.nfe + cost.image)
 
-    def learn(self, plan: Plan, image: BackendImage) -> None:
+    def learn(self, plan: Plan, image: Generated) -> None:
         """Moves the costs towards what an image took, its share of each batch."""
         cost = self.costs[plan.student.name, plan.size]
         shares = [(span.stage, span.nanoseconds / span.batch / 1e9) for span in image.spans]

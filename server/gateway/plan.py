@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from server.gateway.backend import ImageRequest, StudentCard
+from server.gateway.backend import GenerationRequest, StudentCard
 from server.gateway.errors import ApiError, invalid, show, show_unless_prompt
 from server.gateway.schemas import NFE_BY_QUALITY, Format, ImageGeneration
 
@@ -45,10 +45,12 @@ class Plan:
     def quality(self) -> str:
         return QUALITY_BY_NFE.get(self.nfe, "auto")
 
-    def image(self, image_index: int) -> ImageRequest:
+    def image(self, image_index: int) -> GenerationRequest:
         """What the backend is asked for one image."""
         student, size, left = self.student.name, self.size, max(round((self.deadline - time.monotonic()) * 1000), 1)
-        return ImageRequest(student, self.prompt, self.seed, image_index, self.nfe, size, self.previews, left, who=self.who)
+        return GenerationRequest(
+            student, self.prompt, self.seed, image_index, self.nfe, size, self.previews, left, who=self.who
+        )
 
     def key(self, image_index: int) -> str:
         """Of all that decides the file of an image: a sha256, so that it tells nobody the prompt."""
