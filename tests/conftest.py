@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 from sqlalchemy import create_engine
 
 from server.gateway.inprocess_backend import InProcessBackend
+from server.jobs.storage import Storage, open_storage
 from server.jobs.store import JobStore
 from tests import postgres as real_postgres
 from tests.fakes import FakeClock
@@ -177,6 +179,30 @@ def jobs_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         connection.exec_driver_sql(f"CREATE DATABASE {name}")
     engine.dispose()
     return server.format(name)
+
+
+@pytest.fixture(scope="session")
+def s3() -> str:
+    """The address of a server that speaks S3 and has a bucket named `clips`."""
+    from moto.server import ThreadedMotoServer  # a second, which only some tests should pay
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()  # its threads end with this one; to stop it earlier would be to wait for connections that are kept
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    httpx.put(f"{url}/clips").raise_for_status()
+    return url
+
+
+@pytest.fixture(params=["folder", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """An empty storage of files, of either kind."""
+    if request.param == "folder":
+        return open_storage(str(tmp_path / "files"))
+    keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_REGION": "us-east-1", "AWS_ALLOW_HTTP": "true"}
+    for name, value in (keys | {"AWS_ENDPOINT_URL": request.getfixturevalue("s3")}).items():
+        monkeypatch.setenv(name, value)
+    return open_storage(f"s3://clips/{secrets.token_hex(8)}")
 
 
 @pytest.fixture

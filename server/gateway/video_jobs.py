@@ -128,7 +128,10 @@ class VideoJobs:
             return None
         try:
             by_status = await beside(self.store.counts)
-            return {"status": {str(name): count for name, count in by_status.items()}, "failed": await beside(self.store.failures)}
+            return {
+                "status": {str(name): count for name, count in by_status.items()},
+                "failed": await beside(self.store.failures),
+            }
         except StoreUnavailable:
             return None
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from server.jobs.errors import JobsMisconfigured, StoreUnavailable
 from server.jobs.models import VERSION, Base, SchemaVersion
 
-WAIT_SECONDS = 5  # for a lock or a connection; then it is a 503
+WAIT_SECONDS = 5.0  # for a lock or a connection; then it is a 503
 CONNECTIONS = 8
 CLOCKS = {
     "sqlite": "SELECT (julianday('now') - 2440587.5) * 86400.0",
@@ -31,12 +31,12 @@ OURS = (DataError, IntegrityError, ProgrammingError)  # a bug, whatever the stat
 class Database:
     """Sessions whose objects stay readable after they end. To be used by any number of threads and processes."""
 
-    def __init__(self, url: str, clock: Callable[[], float] | None = None) -> None:
+    def __init__(self, url: str, clock: Callable[[], float] | None = None, wait_seconds: float = WAIT_SECONDS) -> None:
         """clock: seconds since 1970, in place of the database's. Makes the tables where there are none. Raises
         JobsMisconfigured, or StoreUnavailable."""
         where = parse(url)
         self.clock, self.dialect = clock, where.get_backend_name()
-        self.engine = open_engine(where)
+        self.engine = open_engine(where, wait_seconds)
         with translated(), self.engine.begin() as connection:
             self.one_at_a_time(connection)
             if inspect(connection).has_table(SchemaVersion.__tablename__):
@@ -87,26 +87,27 @@ def parse(url: str) -> URL:
 LEGAL = "sqlite:///FOLDER/FILE (with four slashes for an absolute path) and postgresql://USER:PASSWORD@HOST/DATABASE"
 
 
-def open_engine(where: URL) -> Engine:
+def open_engine(where: URL, wait_seconds: float) -> Engine:
     """Not connected yet."""
     if where.get_backend_name() == "sqlite":
-        return open_sqlite(where)
+        return open_sqlite(where, wait_seconds)
     # Commits wait for the disk, whatever the server's default is.
-    options = f"-c synchronous_commit=on -c lock_timeout={WAIT_SECONDS}s -c statement_timeout={2 * WAIT_SECONDS}s"
+    waits = f"-c lock_timeout={wait_seconds * 1000:.0f} -c statement_timeout={wait_seconds * 2000:.0f}"  # milliseconds
+    options = f"-c synchronous_commit=on {waits}"
     try:
         return create_engine(
             where,
             pool_size=CONNECTIONS,
             max_overflow=0,
-            pool_timeout=WAIT_SECONDS,
+            pool_timeout=wait_seconds,
             pool_pre_ping=True,  # the server may have restarted
-            connect_args={"options": options, "connect_timeout": WAIT_SECONDS},
+            connect_args={"options": options, "connect_timeout": max(2, round(wait_seconds))},
         )
     except ModuleNotFoundError:
         raise JobsMisconfigured("jobs in PostgreSQL need `pip install 'fewstep[postgres]'`") from None
 
 
-def open_sqlite(where: URL) -> Engine:
+def open_sqlite(where: URL, wait_seconds: float) -> Engine:
     """Write-ahead log, so that readers wait for nobody, and a commit that is on disk when it returns."""
     assert where.database
     try:
@@ -114,7 +115,7 @@ def open_sqlite(where: URL) -> Engine:
     except OSError as error:
         raise StoreUnavailable(f"the folder of the jobs' database: {error.strerror}") from None
     engine = create_engine(
-        where, pool_size=CONNECTIONS, max_overflow=0, pool_timeout=WAIT_SECONDS, connect_args={"timeout": WAIT_SECONDS}
+        where, pool_size=CONNECTIONS, max_overflow=0, pool_timeout=wait_seconds, connect_args={"timeout": wait_seconds}
     )
 
     @event.listens_for(engine, "connect")

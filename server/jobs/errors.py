@@ -8,7 +8,9 @@ JobsError
 ├── NoSuchJob            there is none, or it is another owner's: 404
 ├── NoSuchFile           a job's file is not in the storage
 ├── IdempotencyConflict  the key was used with another body: 409
-└── LeaseLost            the worker that writes no longer holds the job
+├── LeaseLost            the worker that writes no longer holds the job
+├── JobFailed            the job cannot be made, now or later: it ends as failed
+└── TryAgain             what was making the job has died: it goes back to the queue, and the attempt counts
 """
 
 
@@ -55,3 +57,15 @@ class LeaseLost(JobsError):
     def __init__(self, job_id: str, why: str) -> None:
         super().__init__(f"the lease on {job_id} is no longer held: {why}")
         self.why = why
+
+
+class JobFailed(JobsError):
+    """code and message are for the job's owner."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class TryAgain(JobsError):
+    """The message is for the log."""

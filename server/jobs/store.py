@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Select, Text, cast, delete, func, select
 from sqlalchemy.orm import Session, aliased
 
-from server.jobs.database import Database
+from server.jobs.database import WAIT_SECONDS, Database
 from server.jobs.errors import IdempotencyConflict, LeaseLost, NoSuchJob
 from server.jobs.models import ENDS, Facts, Job, Lease, Page, Status, StoredFile, Work, new_id
 
@@ -28,10 +28,12 @@ class JobStore:
         attempts: int = 3,
         expiry_seconds: float = 86_400.0,
         clock: Callable[[], float] | None = None,
+        wait_seconds: float = WAIT_SECONDS,
     ) -> None:
         """url: sqlite:///FILE or postgresql://...; lease_seconds: after which a silent worker is taken for dead; attempts: that
-        a job gets; expiry_seconds: for which files are kept; clock: see Database. Raises as Database does."""
-        self.database = Database(url, clock)
+        a job gets; expiry_seconds: for which files are kept; clock: see Database; wait_seconds: for locks and connections.
+        Raises as Database does."""
+        self.database = Database(url, clock, wait_seconds)
         self.lease_seconds, self.attempts, self.expiry_seconds = lease_seconds, attempts, expiry_seconds
 
     def create(
