@@ -5,25 +5,11 @@ from typing import Any
 
 import pytest
 
-from server.gateway.backend import StudentCard
 from server.gateway.errors import ApiError
 from server.gateway.schemas import VideoGeneration
 from server.gateway.video_plan import VideoPlan, body_sha256, duration, plan_video, planned
+from tests.fakes import MOTION
 
-MOTION = StudentCard(
-    name="motion",
-    media_type="video",
-    family="cogvideox",
-    revision="0",
-    nfe=(1, 2, 4),
-    default_nfe=4,
-    sizes={"64x64": [4, 8, 8, 8]},
-    frames=16,
-    fps=8,
-    text_length=12,
-    max_prompt_characters=100,
-    manifest_sha256="",
-)
 SCENES = dataclasses.replace(MOTION, name="scenes", media_type="image", frames=None, fps=None)
 STUDENTS = {"scenes": SCENES, "motion": MOTION}
 
@@ -40,7 +26,7 @@ def refused(**fields: Any) -> ApiError:
 
 def test_what_is_left_out_is_filled_in() -> None:
     made = plan()
-    assert (made.student, made.nfe, made.size, made.frames, made.fps, made.seconds) == (MOTION, 4, "64x64", 16, 8, "2")
+    assert (made.student, made.nfe, made.size, made.frames, made.fps, made.seconds) == (MOTION, 4, "64x48", 16, 8, "2")
     assert plan().seed != made.seed
 
 
@@ -73,7 +59,7 @@ def test_a_length_is_told_to_the_millisecond_and_accepted_as_it_is_told(frames: 
         ("fps", 0, "8"),
         ("num_frames", 49, "16"),
         ("num_frames", -1, "16"),
-        ("size", "1280x720", "64x64"),
+        ("size", "1280x720", "64x48"),
         ("num_inference_steps", 3, "1, 2, 4"),
         ("steps", 50, "1, 2, 4"),
         ("prompt", " ", "1 to 100"),

@@ -107,7 +107,7 @@ async def get_video(video_id: str, request: Request) -> Response:
 @router.delete("/v1/videos/{video_id}", responses=DELETED, response_model=None)
 async def delete_video(video_id: str, request: Request) -> Response:
     """Forgets a video, and stops it within one NFE where it is being made."""
-    await beside(videos(request).store.delete, job_id(video_id), caller(request))
+    await videos(request).delete(job_id(video_id), caller(request))
     return JSONResponse(video_answers.deleted(video_id))
 
 
@@ -115,7 +115,7 @@ async def delete_video(video_id: str, request: Request) -> Response:
 async def cancel_video(video_id: str, request: Request) -> Response:
     """Stops a video within one NFE: it has then failed, with the code `cancelled`. One that has ended stays as it is."""
     jobs = videos(request)
-    return await shown(jobs, await beside(jobs.store.cancel, job_id(video_id), caller(request)))
+    return await shown(jobs, await jobs.cancel(job_id(video_id), caller(request)))
 
 
 @router.head("/v1/videos/{video_id}/content", response_model=None, include_in_schema=False)

@@ -57,7 +57,8 @@ async def events(jobs: VideoJobs, drain: Drain, job_id: str, owner: str) -> Asyn
 async def next_of(ear: Ear) -> Happened | None:
     """What happens next, None when nothing does for a while."""
     with suppress(TimeoutError):
-        return await asyncio.wait_for(ear.get(), LOOK_SECONDS)
+        async with asyncio.timeout(LOOK_SECONDS):
+            return await ear.get()
     return None
 
 

@@ -116,6 +116,17 @@ class VideoJobs:
                 worker.wake()
         return job
 
+    async def cancel(self, job_id: str, owner: str) -> Job:
+        """Raises NoSuchJob or StoreUnavailable."""
+        job = await beside(self.store.cancel, job_id, owner)
+        self.maker.look_up(job_id)
+        return job
+
+    async def delete(self, job_id: str, owner: str) -> None:
+        """Raises NoSuchJob or StoreUnavailable."""
+        await beside(self.store.delete, job_id, owner)
+        self.maker.look_up(job_id)
+
     async def poll_after_ms(self, job: Job) -> int:
         """When it is worth looking at a job again, by what is predicted of those before it and of its own rest."""
         cost = self.admission.costs[job.request["model"], job.request["size"]]
@@ -139,5 +150,6 @@ class VideoJobs:
 async def happened(event: asyncio.Event, seconds: float) -> bool:
     """Whether it has, waiting for so long at most."""
     with suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            await event.wait()
     return event.is_set()

@@ -50,18 +50,27 @@ class VideoMaker:
 
     def __init__(self, backend: Backend, admission: Admission, broadcast: Broadcast) -> None:
         self.backend, self.admission, self.broadcast = backend, admission, broadcast
+        self.running: dict[str, Callable[[], None]] = {}  # by job: has its worker ask at once whether the job is still wanted
+
+    def look_up(self, job_id: str) -> None:
+        """To be called when a job was cancelled or deleted: a worker of this process need not wait for the end of an NFE."""
+        if job_id in self.running:
+            self.running[job_id]()
 
     async def job(self, job: Job, on_progress: OnProgress) -> Result:
         """Raises JobFailed, or TryAgain for what is no fault of the job's own as far as anybody knows."""
-        begin = time.perf_counter_ns()
+        begin, executed = time.perf_counter_ns(), 0
 
         def on_step(step: int) -> None:
+            nonlocal executed
+            executed = step
             on_progress(step)
             self.broadcast.tell(job.id, Executed(step))
 
         def on_preview(step: int, frames: Frames) -> None:
             self.broadcast.tell(job.id, Partial(step, frames))
 
+        self.running[job.id] = lambda: on_progress(executed)
         with self.broadcast.making(job.id):
             try:
                 clip = await self.make(planned(job.owner, job.request, self.backend.students), "mp4", on_preview, on_step)
@@ -70,6 +79,8 @@ class VideoMaker:
             except (ApiError, InvalidRequest, NumericalError) as error:
                 said = to_api_error(error)
                 raise JobFailed(said.code or "invalid_value", said.message) from error
+            finally:
+                del self.running[job.id]
         facts = Facts(
             pixel_sha256=clip.pixel_sha256,
             fingerprint=clip.generated.fingerprint,

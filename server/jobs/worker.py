@@ -72,7 +72,8 @@ class Worker:
     async def rest(self) -> None:
         """Until there may be a job again."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.woken.wait(), self.poll_seconds)
+            async with asyncio.timeout(self.poll_seconds):
+                await self.woken.wait()
         self.woken.clear()
 
     async def work(self, lease: Lease) -> None:
@@ -146,6 +147,7 @@ class Progress:
     async def next(self, seconds: float) -> int:
         """The number, when it has changed or the seconds are over."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self.changed.wait(), seconds)
+            async with asyncio.timeout(seconds):  # wait_for of Python 3.11 may lose a cancellation
+                await self.changed.wait()
         self.changed.clear()
         return self.executed
