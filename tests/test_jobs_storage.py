@@ -2,9 +2,6 @@
 
 import hashlib
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,17 +16,6 @@ from tests.fakes import FakeClock
 
 CONTENT = os.urandom(6_000_003)  # more than S3 takes in one part
 FACTS = Facts("ef" * 32, "fp-1", 1.5, 200.0, {})
-
-
-@contextmanager
-def longest_file(size: int) -> Iterator[None]:
-    """No file of this process grows beyond `size` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def read(storage: Storage, job_id: str, sha256: str, *part: int) -> bytes:
@@ -109,14 +95,6 @@ def test_a_file_has_its_name_only_once_its_bytes_are_on_disk(tmp_path: Path, mon
     storage.put("video_1", b"clip")
     # The parent's new folder, the temporary file while it alone is there, the folder once it holds the name.
     assert seen == [(False, []), (True, [True]), (False, [False])]
-
-
-def test_a_disk_that_takes_no_more_leaves_no_half_file_and_the_next_try_succeeds(tmp_path: Path) -> None:
-    storage = LocalStorage(tmp_path)
-    with longest_file(10_000), pytest.raises(StorageUnavailable, match="File too large"):
-        storage.put("video_1", CONTENT)
-    assert list((tmp_path / "video_1").iterdir()) == []
-    assert read(storage, "video_1", storage.put("video_1", CONTENT)["sha256"]) == CONTENT
 
 
 def test_a_storage_that_cannot_be_is_refused_in_one_line() -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from server.engine.clip import Clip
 from server.engine.engine import Floats, Pixels, Progress, Result
 from server.engine.errors import EngineError
 from server.engine.metrics import Metrics
@@ -31,7 +32,7 @@ class Sink(Protocol):
 @dataclass(eq=False)
 class Member:
     """One image or video under way. deadline in seconds of the scheduler's clock; shown: x0 predictions that wait for the
-    decoder."""
+    decoder; clip: the video, or preview of one, whose decoding has begun."""
 
     progress: Progress
     sink: Sink
@@ -40,11 +41,22 @@ class Member:
     submitted: float
     metrics: Metrics
     shown: list[tuple[int, Floats]] = field(default_factory=list)
+    clip: Clip | None = None
 
     @property
     def who(self) -> str:
         """The key that asks."""
         return self.progress.request.who
+
+    @property
+    def to_decode(self) -> Floats:
+        """The latents of the oldest preview that waits, or the last ones."""
+        return self.shown[0][1] if self.shown else self.progress.latents
+
+    @property
+    def decodes(self) -> str:
+        """The stage that decodes them."""
+        return "preview" if self.shown else "vae_decoder"
 
     @property
     def urgency(self) -> tuple[float, int]:
