@@ -22,10 +22,14 @@ from server.jobs.store import JobStore
 from tests.fakes import FakeClock
 from tests.postgres import Postgres
 from tests.tiny_student import build_tiny_student
+from tests.tiny_video import build_tiny_video
 
 # For torch, which reads it when it is imported: the tests' networks are so small that threads only wait for each other, ten
 # times as long as one takes where the cores have other work too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Device locks of this run's own: a video waits for every image on its device, also for those of other runs on this machine.
+LOCKS = tempfile.TemporaryDirectory(prefix="fewstep-test-locks-")
+os.environ.setdefault("FEWSTEP_LOCKS", LOCKS.name)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -125,6 +129,33 @@ def video_backend(video_repository: Path) -> Iterator[InProcessBackend]:
 def video_server(video_repository: Path) -> Iterator[Server]:
     """The students of video_repository behind the real Triton and the real gateway. Not to be killed."""
     server = start_server(video_repository)
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def clips_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with a small random student of images, "tiny", and one of videos, "tiny-video": 25 frames of 64x32 at
+    8 fps, 1 to 4 NFE. Not to be changed."""
+    repository = tmp_path_factory.mktemp("clips")
+    build_tiny_student(repository)
+    build_tiny_video(repository)
+    return repository
+
+
+@pytest.fixture(scope="session")
+def clips_backend(clips_repository: Path) -> Iterator[InProcessBackend]:
+    """The students of clips_repository, run in this process. Not to be changed."""
+    backend = InProcessBackend(clips_repository)
+    asyncio.run(backend.start())
+    yield backend
+    asyncio.run(backend.stop())
+
+
+@pytest.fixture(scope="session")
+def clips_server(clips_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The students of clips_repository behind the real Triton and the real gateway. Not to be killed."""
+    server = start_server(clips_repository, "triton", "--set", f"jobs_folder={tmp_path_factory.mktemp('jobs')}")
     yield server
     assert server.stop() == 0
 

@@ -466,20 +466,20 @@ def test_sync_answers_with_the_video_itself(tmp_path: Path) -> None:
     served(tmp_path, use)
 
 
-def test_pixels_are_the_same_by_job_and_by_sync_through_the_real_student(tmp_path: Path, video_backend: Any) -> None:
+def test_pixels_are_the_same_by_job_and_by_sync_through_the_real_student(tmp_path: Path, clips_backend: Any) -> None:
     async def run() -> None:
-        app = create_app(video_backend, Settings(jobs_folder=tmp_path / "jobs"))
+        app = create_app(clips_backend, Settings(jobs_folder=tmp_path / "jobs"))
         await app.state.videos.start()
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as client:
-            service = Service(app, client, video_backend)
-            jobs = [await service.create(partial_images=previews) for previews in (0, 2)]
+            service = Service(app, client, clips_backend)
+            jobs = [await service.create(prompt="a red circle", partial_images=previews) for previews in (0, 2)]
             made = [await service.ended(job["id"]) for job in jobs]
             contents = [await client.get(f"{PATH}/{video['id']}/content") for video in made]
-            sync = await client.post(f"{PATH}/sync", json=BODY)
+            sync = await client.post(f"{PATH}/sync", json=BODY | {"prompt": "a red circle"})
             assert len({one.headers["x-pixel-sha256"] for one in (*contents, sync)}) == 1
             assert len({one.content for one in (*contents, sync)}) == 1
-            assert read_mp4(sync.content)[0].shape == (17, 32, 48, 3)
-            assert made[0]["seconds"] == "2.125"
+            assert read_mp4(sync.content)[0].shape == (25, 32, 64, 3)
+            assert made[0]["seconds"] == "3.125"
         await app.state.videos.stop()
 
     asyncio.run(run())
