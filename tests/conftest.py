@@ -106,12 +106,13 @@ def miniatures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture(scope="session")
 def video_repository(tmp_path_factory: pytest.TempPathFactory, bundled_repository: Path) -> Path:
     """A model repository with the bundled student and a miniature CogVideoX student with random weights: "cogvideox-2b", 17
-    frames of 48x32 at 8 fps, 1 to 4 NFE. Not to be changed."""
+    frames of 48x32 at 8 fps, 1 to 4 NFE, these on the grid of TDM's released student; beside it `student`, of which it was
+    exported. Not to be changed. It takes half a minute; see tests/tiny_video.py for a student that takes none."""
     from export.publish import export_student
-    from tests.miniatures import save_miniature_student
+    from tests.miniatures import RELEASED_GRID, save_miniature_student
 
     folder = tmp_path_factory.mktemp("videos")
-    export_student(save_miniature_student("cogvideox_2b", folder), folder / "repository")
+    export_student(save_miniature_student("cogvideox_2b", folder, timesteps=RELEASED_GRID), folder / "repository")
     shutil.copytree(bundled_repository / "scenes", folder / "repository" / "scenes")
     return folder / "repository"
 

@@ -47,6 +47,7 @@ T5_LENGTH, CLIP_LENGTH = 24, 77
 WIDTH, HEIGHT, FRAMES = 48, 32, 17  # not square, so that a swap of the two is seen; two chunks of a video
 LADDER = [1, 2, 3, 4]
 VIDEOS = ("cogvideox_2b", "cogvideox_5b")
+RELEASED_GRID = {4: [999.0, 856.0, 665.0, 399.0]}  # of TDM's CogVideoX-2B
 
 
 def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:

@@ -71,7 +71,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     ],
 )
 def test_a_precision_is_one_word_for_all_stages_or_one_for_each(told: str, expected: dict[str, str]) -> None:
-    assert parse_precisions(told) == {STAGES[stage]: precision for stage, precision in expected.items()}
+    assert parse_precisions(told) == {graph: expected[stage] for graph, stage in STAGES.items()}
 
 
 @pytest.mark.parametrize(
