@@ -60,7 +60,9 @@ class Server:
 
 
 def start_server(repository: Path, backend: str = "triton", *flags: str, **environment: str) -> Server:
-    """Starts `fewstep serve` on a free port and waits for its ready line. environment: variables besides those there are."""
+    """Starts `fewstep serve` on a free port and waits for its ready line. environment: variables besides those there are.
+    Unless it says otherwise, video jobs are kept in a folder of this server's own."""
+    environment = {"FEWSTEP_JOBS_FOLDER": tempfile.mkdtemp(prefix="fewstep-test-jobs-")} | environment
     command = [sys.executable, str(ROOT / "fewstep.py"), "serve", "--port", "0"]
     command += ["--model-repository", str(repository), "--backend", backend, *flags]
     descriptor, log = tempfile.mkstemp(prefix="fewstep-test-", suffix=".log")  # a pipe that nobody reads would fill up
@@ -154,9 +156,9 @@ def clips_backend(clips_repository: Path) -> Iterator[InProcessBackend]:
 
 
 @pytest.fixture(scope="session")
-def clips_server(clips_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def clips_server(clips_repository: Path) -> Iterator[Server]:
     """The students of clips_repository behind the real Triton and the real gateway. Not to be killed."""
-    server = start_server(clips_repository, "triton", "--set", f"jobs_folder={tmp_path_factory.mktemp('jobs')}")
+    server = start_server(clips_repository)
     yield server
     assert server.stop() == 0
 

@@ -15,20 +15,22 @@ from pydantic import TypeAdapter
 
 from server.gateway.keys import create
 from server.gateway.responses import CompletedImage, PartialImage
+from server.gateway.video_responses import VideoCompleted, VideoInProgress, VideoPartialImage, VideoQueued
 from tests.conftest import Server, start_server
 from tests.tiny_student import build_tiny_student, write_manifest
+from tests.tiny_video import build_tiny_video
 
 TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small student that reads as many tokens as a legal prompt can have: a limit in tokens is none a document can say."""
+    """Small students that read as many tokens as a legal prompt can have: a limit in tokens is none a document can say."""
     repository = tmp_path_factory.mktemp("schemathesis")
-    student = build_tiny_student(repository)
-    manifest = json.loads((student / "1" / "student.json").read_text())
-    tokenizer = manifest["tokenizers"][0] | {"length": manifest["max_prompt_characters"] + 1}
-    write_manifest(student, manifest | {"tokenizers": [tokenizer]})
+    for student in (build_tiny_student(repository), build_tiny_video(repository)):
+        manifest = json.loads((student / "1" / "student.json").read_text())
+        tokenizer = manifest["tokenizers"][0] | {"length": manifest["max_prompt_characters"] + 1}
+        write_manifest(student, manifest | {"tokenizers": [tokenizer]})
     return repository
 
 
@@ -65,12 +67,17 @@ def test_every_check_passes_through_triton(triton_server: Server) -> None:
 
 
 def test_every_check_passes_on_a_server_that_asks_for_keys(repository: Path, tmp_path: Path) -> None:
-    key = create(tmp_path / "keys.json", "schemathesis", ["images", "models", "metrics"], None, None, None)
+    scopes = ["images", "videos", "models", "metrics"]
+    key = create(tmp_path / "keys.json", "schemathesis", scopes, None, None, None)
     server = start_server(repository, "inprocess", "--keys-file", str(tmp_path / "keys.json"))
     authorized = {"Authorization": f"Bearer {key}"}
     document = httpx.get(f"{server.url}/openapi.json", headers=authorized).json()
     secured = {path for path, operations in document["paths"].items() for one in operations.values() if one.get("security")}
-    assert secured == {"/v1/images/generations", "/v1/models", "/v1/models/{model}", "/v1/model_info", "/metrics"}
+    videos = {
+        f"/v1/videos{path}"
+        for path in ("", "/sync", *(f"/{{video_id}}{more}" for more in ("", "/cancel", "/content", "/events")))
+    }
+    assert secured == videos | {"/v1/images/generations", "/v1/models", "/v1/models/{model}", "/v1/model_info", "/metrics"}
     assert drawn(schemathesis(f"{server.url}/openapi.json", "-H", f"Authorization: Bearer {key}")) > 300
     assert server.stop() == 0
 
@@ -98,6 +105,34 @@ def test_the_document_says_what_this_server_s_students_can_do(server: Server) ->
     for operations in document["paths"].values():
         for operation in operations.values():
             assert all("x-request-id" in answer["headers"] for answer in operation["responses"].values())
+
+
+def test_the_document_says_which_videos_can_be_made(server: Server) -> None:
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    for path in ("/v1/videos", "/v1/videos/sync"):
+        bodies = document["paths"][path]["post"]["requestBody"]["content"]
+        fields = {kind: body["schema"]["properties"] for kind, body in bodies.items()}
+        assert set(fields) == {"application/json", "multipart/form-data"}
+        assert fields["application/json"]["seconds"]["enum"] == ["3.125", 3.125, None]
+        assert fields["multipart/form-data"]["seconds"]["enum"] == ["3.125", 3.125], "a form has no null"
+        assert fields["application/json"]["num_frames"]["enum"] == [25, None]
+        assert fields["application/json"]["fps"]["enum"] == [8, None]
+        assert fields["application/json"]["model"]["enum"] == ["tiny-video", None]
+    assert {"200", "206", "304", "404", "410", "416"} <= set(
+        document["paths"]["/v1/videos/{video_id}/content"]["get"]["responses"]
+    )
+
+
+def test_events_of_a_video_are_those_of_the_document(server: Server) -> None:
+    body = {"prompt": "a", "partial_images": 2}
+    video = httpx.post(f"{server.url}/v1/videos", json=body).json()
+    answer = httpx.get(f"{server.url}/v1/videos/{video['id']}/events", timeout=60)
+    events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: ")]
+    kinds = [
+        type(TypeAdapter(VideoQueued | VideoInProgress | VideoPartialImage | VideoCompleted).validate_json(one))
+        for one in events
+    ]
+    assert kinds[-1] is VideoCompleted
 
 
 def test_events_of_a_stream_are_those_of_the_document(server: Server) -> None:

@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from server.gateway.backend import (
     BackendError,
@@ -157,7 +158,20 @@ async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
     if error.status_code == 404:
         return ApiError(404, f"no such path: {path}; see /docs", code="not_found").response()
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
+        allowed = ", ".join(sorted(methods(request)))
         said = f"{request.method} is not allowed on {path}, only {allowed}"
-        return ApiError(405, said, code="method_not_allowed", headers=error.headers).response()
+        return ApiError(405, said, code="method_not_allowed", headers={"Allow": allowed}).response()
     return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+
+
+def methods(request: Request) -> set[str]:
+    """What may be done with a path: the router names the methods of the first route that has it, and there may be several."""
+    found: list[Route] = []
+    waiting: list[Any] = list(request.app.routes)
+    while waiting:
+        route = waiting.pop()
+        waiting += getattr(getattr(route, "original_router", route), "routes", None) or []
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            found.append(route)
+    own = [route for route in found if not route.param_convertors]  # what is said of a path by name goes before a pattern
+    return {method for route in own or found for method in route.methods or ()}

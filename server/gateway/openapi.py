@@ -9,6 +9,7 @@ from pydantic.json_schema import models_json_schema
 
 from server.gateway.auth import OPEN
 from server.gateway.backend import Backend, StudentCard
+from server.gateway.form import FORM
 from server.gateway.responses import ERRORS, EVENTS, described
 from server.gateway.schemas import Generation, ImageGeneration, VideoGeneration
 from server.gateway.video_plan import duration
@@ -108,11 +109,14 @@ def describe_generation(
     """One route that makes something: its headers, examples, and what is legal in its body, of whichever type that is."""
     operation = document["paths"][path]["post"]
     operation["parameters"] = parameters
-    for body in operation["requestBody"]["content"].values():
+    for kind, body in operation["requestBody"]["content"].items():
         body["examples"] = examples
         body["schema"] = schema.model_json_schema()  # once more: FastAPI writes limits as floats, and 2^64 - 1 is none
+        fields = body["schema"]["properties"]
         for name, limits in legal.items():
-            body["schema"]["properties"][name] = narrowed(body["schema"]["properties"][name], limits)
+            fields[name] = narrowed(fields[name], limits)
+        if kind == FORM:
+            body["schema"]["properties"] = {name: without_null(described) for name, described in fields.items()}
 
 
 def ask_for_keys(document: dict[str, Any]) -> None:
@@ -165,6 +169,16 @@ def legal_videos(students: list[StudentCard]) -> dict[str, dict[str, Any]]:
         if students:
             told[name] = {"enum": sorted({getattr(student, given) for student in students})}
     return legal_values(students) | told
+
+
+def without_null(described: dict[str, Any]) -> dict[str, Any]:
+    """A property as the field of a form, whose text `null` is no null."""
+    kept = {key: value for key, value in described.items() if key != "default"}
+    if "enum" in kept:
+        kept["enum"] = [value for value in kept["enum"] if value is not None]
+    if "anyOf" in kept:
+        kept["anyOf"] = [one for one in kept["anyOf"] if one != {"type": "null"}]
+    return kept
 
 
 def narrowed(described: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:

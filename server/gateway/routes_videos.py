@@ -18,7 +18,7 @@ from server.gateway.media import Encoded
 from server.gateway.plan import TIMEOUT_HEADER, legal_timeout, preferred
 from server.gateway.record import current
 from server.gateway.routes_images import caller
-from server.gateway.schemas import VideoContent, VideoGeneration, VideoList, query_parameters, request_body
+from server.gateway.schemas import JOB_ID, VideoContent, VideoGeneration, VideoList, query_parameters, request_body
 from server.gateway.video_content import Content, Contents
 from server.gateway.video_events import events
 from server.gateway.video_jobs import VideoJobs
@@ -32,7 +32,6 @@ from server.jobs.store import LONGEST_KEY
 from server.jobs.threads import beside
 
 POLL = "openai-poll-after-ms"
-JOB_ID = re.compile(r"video_[0-9a-f]{32}")
 KEY = re.compile(rf"[ -~]{{1,{LONGEST_KEY}}}")
 FORMATS: dict[str, VideoFormat] = {kind: format for format, kind in MEDIA_TYPES.items()}
 ASKED = request_body(VideoGeneration, "application/json", FORM)
@@ -53,11 +52,7 @@ async def create_video(request: Request) -> Response:
 async def list_videos(request: Request) -> Response:
     """This key's videos, a page at a time."""
     asked, store = read_query(request, VideoList), videos(request).store
-    try:
-        after = None if asked.after is None else job_id(asked.after)
-        page = await beside(store.page, caller(request), after, asked.limit, asked.order)
-    except NoSuchJob:
-        raise invalid(f"after must be the id of a video of this key, got {show(asked.after)}", "after") from None
+    page = await beside(store.page, caller(request), asked.after, asked.limit, asked.order)
     return JSONResponse(video_answers.page(page.jobs, page.has_more))
 
 
@@ -184,7 +179,7 @@ async def shown(jobs: VideoJobs, job: Job) -> Response:
 
 def job_id(given: str) -> str:
     """Raises NoSuchJob for what no job is called."""
-    if not JOB_ID.fullmatch(given):
+    if not re.fullmatch(JOB_ID, given):
         raise NoSuchJob(given)
     return given
 

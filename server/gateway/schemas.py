@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Format = Literal["png", "jpeg", "webp"]
 Quality = Literal["low", "medium", "high", "auto"]
 
+JOB_ID = "video_[0-9a-f]{32}"
 NFE_BY_QUALITY = {"low": 1, "medium": 2, "high": 4}
 
 
@@ -79,7 +80,7 @@ class VideoList(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    after: Annotated[str | None, Field(description="id of the last video of the page before")] = None
+    after: Annotated[str | None, Field(pattern=f"^{JOB_ID}$", description="id of the last video of the page before")] = None
     limit: Annotated[int, Field(ge=1, le=100, description="videos on a page")] = 20
     order: Annotated[Literal["asc", "desc"], Field(description="by creation; desc: the newest first")] = "desc"
 
