@@ -17,6 +17,7 @@ from server.gateway.inprocess_backend import InProcessBackend
 from server.gateway.settings import Settings
 from tests.conftest import ROOT
 from tests.tiny_student import build_tiny_student
+from tests.tiny_video import build_tiny_video
 
 FOLDER = ROOT / "server" / "observability"
 DASHBOARD = json.loads((FOLDER / "dashboard.json").read_text())
@@ -48,17 +49,23 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     repository = tmp_path_factory.mktemp("students")
     build_tiny_student(repository)
     build_tiny_student(repository, "poisoned", poisoned=True)
+    build_tiny_video(repository)
     backend = InProcessBackend(repository)
     asyncio.run(backend.start())
-    with TestClient(create_app(backend, Settings())) as client:
+    app = create_app(backend, Settings(jobs_folder=tmp_path_factory.mktemp("jobs"), video_workers=0))
+    with TestClient(app) as client:
+        client.portal.call(app.state.videos.start)  # type: ignore[union-attr]
         traffic(client)
         text = client.get("/metrics").text
+        client.portal.call(app.state.videos.stop)  # type: ignore[union-attr]
     asyncio.run(backend.stop())
     return {sample.name: set(sample.labels) for family in text_string_to_metric_families(text) for sample in family.samples}
 
 
 def traffic(client: TestClient) -> None:
-    """An image, a stream, a numerical error, a cancellation and a reject."""
+    """An image, a stream, a numerical error, a cancellation, a reject and a video that fails."""
+    video = client.post("/v1/videos", json={"prompt": "a"}).json()
+    assert client.post(f"/v1/videos/{video['id']}/cancel").json()["status"] == "failed"
     ask = {"prompt": "a", "model": "tiny"}
     assert client.post(PATH, json=ask).status_code == 200
     assert client.post(PATH, json=ask | {"stream": True, "partial_images": 1}).status_code == 200
