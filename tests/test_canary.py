@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from PIL import Image
 
 from tests.conftest import Server, start_server
 from tests.test_tracing import Receiver
+from tests.tiny_video import build_tiny_video
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the Triton wheel exists for Linux alone")
 
@@ -35,8 +37,12 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.fixture(scope="module")
-def server(bundled_repository: Path, receiver: Receiver) -> Iterator[Server]:
-    server = start_server(bundled_repository, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
+def server(bundled_repository: Path, receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The bundled student, and one of videos."""
+    repository = tmp_path_factory.mktemp("canary")
+    shutil.copytree(bundled_repository, repository, dirs_exist_ok=True)
+    build_tiny_video(repository)
+    server = start_server(repository, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
     yield server
     if server.process.poll() is None:
         server.stop()
@@ -85,6 +91,7 @@ def test_no_prompt_and_no_key_is_in_any_log_metric_trace_error_or_image(server: 
             assert 400 <= answer.status_code < 500, body[:80]
             clean(f"the error of {body[:40]!r}", answer.content)
             clean("headers", str(answer.headers))
+        video(client)
         crash(client, server)
         clean("metrics", client.get("/metrics").text)
     assert server.stop() == 0
@@ -95,6 +102,30 @@ def test_no_prompt_and_no_key_is_in_any_log_metric_trace_error_or_image(server: 
     assert {200, 400, 404, 413, 503} <= {line["status"] for line in lines if line["logger"] == "fewstep.request"}
     assert any(line["logger"] == "fewstep" for line in lines), "the crash itself is logged"
     assert receiver.spans
+
+
+def video(client: httpx.Client) -> None:
+    """By form and by JSON: files, events and errors. The object itself shows its owner what was asked."""
+    form = {"prompt": (None, PROMPT), "partial_images": (None, "1")}
+    job = client.post("/v1/videos", files=form).json()
+    events = client.get(f"/v1/videos/{job['id']}/events").text
+    assert "event: video.completed" in events
+    clean("events", events.replace(f'"prompt":"{PROMPT}"', ""))
+    for query in ("", "?format=webp", "?format=gif", "?variant=thumbnail"):
+        content = client.get(f"/v1/videos/{job['id']}/content{query}")
+        assert content.status_code == 200
+        clean(f"the content{query}", content.content)
+        clean("headers", str(content.headers))
+    for changes in ({"seconds": PROMPT}, {"fps": 1}, {"negative_prompt": PROMPT}, {"prompt": PROMPT * 100}, {PROMPT[:6]: 1}):
+        asked = {"prompt": PROMPT} | changes
+        for sent in ({"json": asked}, {"files": {name: (None, str(value)) for name, value in asked.items()}}):
+            answer = client.post("/v1/videos", **sent)
+            assert answer.status_code == 400
+            if changes not in ({"seconds": PROMPT}, {PROMPT[:6]: 1}):  # fields that hold no prompt are shown as they came
+                clean(f"the error of {changes}", answer.content)
+    file = client.post("/v1/videos", files={"prompt": (PROMPT, PROMPT)})
+    assert file.status_code == 400
+    clean("the error of a file", file.content)
 
 
 def crash(client: httpx.Client, server: Server) -> None:

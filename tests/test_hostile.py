@@ -55,13 +55,13 @@ def connect(server: Server) -> socket.socket:
     return socket.create_connection((parts.hostname, parts.port), timeout=30)
 
 
-def head(length: int | None = None, **headers: str) -> bytes:
+def head(length: int | None = None, path: str = PATH, **headers: str) -> bytes:
     """The head of a POST; without a length the body is chunked."""
     fields = {"Host": "a", "Content-Type": "application/json"} | {
         key.replace("_", "-"): value for key, value in headers.items()
     }
     fields |= {"Transfer-Encoding": "chunked"} if length is None else {"Content-Length": str(length)}
-    return "".join([f"POST {PATH} HTTP/1.1\r\n", *(f"{key}: {value}\r\n" for key, value in fields.items()), "\r\n"]).encode()
+    return "".join([f"POST {path} HTTP/1.1\r\n", *(f"{key}: {value}\r\n" for key, value in fields.items()), "\r\n"]).encode()
 
 
 def answer_to(server: Server, parts: Iterable[bytes]) -> tuple[int, bytes, float]:
