@@ -103,7 +103,7 @@ def iterate(pipeline: Any, roles: Roles, texts: Texts, recipe: TdmRecipe, traini
     """Seconds of one iteration, as train_tdm has it."""
     begin = time.perf_counter()
     with training.accelerator.autocast():
-        batches = draw_batches(pipeline, roles, texts, recipe, training, step)
+        batches = draw_batches(pipeline, roles, texts, recipe, training, step, turn=0)
         if not saving:
             batches = [predicted_again(roles, batch) for batch in batches]
         update_fake_score(roles, batches, recipe, training)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from server.gateway.inprocess_backend import InProcessBackend
 from tests.tiny_student import build_tiny_student
@@ -19,6 +20,11 @@ from tests.tiny_student import build_tiny_student
 # For torch, which reads it when it is imported: the tests' networks are so small that threads only wait for each other, ten
 # times as long as one takes where the cores have other work too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Examples are the same in every run, so that a run goes red by a change alone; `HYPOTHESIS_PROFILE=default make test` looks
+# for new ones. How long one takes is no property of ours.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 ROOT = Path(__file__).resolve().parent.parent
 
