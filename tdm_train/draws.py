@@ -28,7 +28,7 @@ class Draws:
 
 
 def draw_nfe(seed: int, step: int, legal: tuple[int, ...], shares: tuple[float, ...] = ()) -> int:
-    """K of an iteration: one for all processes, so that they do the same work. shares: weights of `legal`, none for all alike."""
+    """K of an iteration: one for all processes, so that they do the same work. shares: weights of `legal`, or none."""
     chances = np.asarray(shares) / sum(shares) if shares else None
     return int(np.random.Generator(np.random.Philox(key=[seed, step])).choice(legal, p=chances))
 
