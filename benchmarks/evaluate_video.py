@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from benchmarks.evaluate import Row
 from server.engine.noise import initial_latents
-from tdm_train.checkpoint import load_student
+from tdm_train.checkpoint import load_student, open_pipeline
 from tdm_train.prompts import encode_prompts
 from tdm_train.rollout import rollout
 from tdm_train.scenes.evaluator import frechet_distance
 from tdm_train.scenes_video.autoencoder import to_blocks, to_clips
 from tdm_train.scenes_video.captions import adherence, held_out_captions
 from tdm_train.scenes_video.evaluator import Evaluator, load_evaluator
-from tdm_train.scenes_video.teacher import latent_shape, open_teacher
+from tdm_train.scenes_video.teacher import latent_shape
 from tdm_train.scenes_video.text_encoder import TEXT_LENGTH
 from tdm_train.scenes_video.world import FRAMES, draw_clip, render_clips
 
@@ -67,7 +67,7 @@ class VideoTeacher:
     """A diffusers teacher folder, run by diffusers' own pipeline."""
 
     def __init__(self, folder: Path, evaluation: VideoEvaluation):
-        self.pipeline, self.evaluation = open_teacher(folder), evaluation
+        self.pipeline, self.evaluation = open_pipeline(folder), evaluation
         self.shape = latent_shape(self.pipeline.transformer)
 
     @torch.no_grad()

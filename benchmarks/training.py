@@ -155,7 +155,7 @@ def new_texts(pipeline: Any, recipe: TdmRecipe, device: torch.device) -> Texts:
     """Made-up embeddings of 64 prompts."""
     text = Text(torch.randn(64, TOKENS, CAPTION), torch.ones(64, TOKENS, dtype=torch.int64))
     empty = text.select(slice(recipe.batch)).to(device)
-    return Texts(text, empty, Samples(pipeline, torch.zeros(0), text, empty, []))
+    return Texts(text, empty, Samples(pipeline, torch.zeros(0), text, empty, None))
 
 
 def peak_mebibytes() -> float:

@@ -45,16 +45,19 @@ class ImageDecoder(nn.Module):
 
 
 class VideoDecoder(nn.Module):
-    """latents float32 [B, F, C, h, w] -> video uint8 [B, frames, H, W, 3]."""
+    """latents float32 [B, F, C, h, w] -> video uint8 [B, frames, H, W, 3]. Pixel blocks as those of ImageDecoder."""
 
     def __init__(self, vae: AutoencoderKLCogVideoX):
         super().__init__()
-        self.vae = vae
+        self.vae, self.block = vae, pixel_block(vae.config)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         scaled = (latents.permute(0, 2, 1, 3, 4) / self.vae.config.scaling_factor).to(self.vae.dtype)
         decoded: torch.Tensor = self.vae.decode(scaled, return_dict=False)[0].float()
-        return to_bytes(decoded).permute(0, 2, 3, 4, 1)
+        frames = decoded.transpose(1, 2)
+        if self.block > 1:
+            frames = F.pixel_shuffle(frames, self.block)
+        return to_bytes(frames).permute(0, 1, 3, 4, 2)
 
 
 def per_channel(values: list[float] | None) -> torch.Tensor | None:
