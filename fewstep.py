@@ -42,7 +42,8 @@ def train(
         typer.Argument(
             help="scenes_evaluator, scenes_vae, scenes_text_encoder, scenes_teacher, scenes_tdm; motion_evaluator, motion_vae, "
             "motion_text_encoder, motion_teacher, motion_tdm for clips; tdm for a teacher of your own, or with the paper's "
-            "numbers tdm_pixart, tdm_pixart_1024, tdm_pixart_demo, tdm_sd15, tdm_sdxl, tdm_sd3, tdm_cogvideox_2b, tdm_cogvideox_5b"
+            "numbers tdm_pixart, tdm_pixart_1024, tdm_pixart_demo, tdm_sd15, tdm_sdxl, tdm_sd3, tdm_cogvideox_2b, "
+            "tdm_cogvideox_5b"
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="folder of the run: checkpoints, then the result")] = None,
