@@ -9,6 +9,7 @@ harness over a session that varies with the batch: it must be caught, or the har
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ class Ear:
     def cancelled(self) -> bool:
         return not self.wanted
 
+    def stepped(self, step: int) -> None:
+        raise AssertionError("no step was to be told")
+
     def preview(self, step: int, image: Pixels) -> None:
         raise AssertionError("no preview was asked for")
 
@@ -51,7 +55,7 @@ class Ear:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a request ended with: float32 latents [1, C, h, w] and uint8 pixels [H, W, 3], as bytes."""
+    """What a request ended with, as bytes: float32 latents and uint8 pixels."""
 
     latents: bytes
     pixels: bytes
@@ -77,15 +81,15 @@ class BlasStep:
 class Trials:
     """Trial i has batch size 1 + i mod max_batch; slots, mates and moments are drawn from `seed`."""
 
-    def __init__(self, engine: Engine, seed: int = 0) -> None:
-        self.engine, self.rng = engine, np.random.default_rng(seed)
+    def __init__(self, engine: Engine, seed: int = 0, prompts: Sequence[str] = PROMPTS) -> None:
+        self.engine, self.prompts, self.rng = engine, prompts, np.random.default_rng(seed)
         self.size = next(iter(engine.manifest.sizes))
         self.alone: dict[int, Outcome] = {}
         self.mates: Counter[str] = Counter()
 
     def victim(self, number: int) -> Request:
         nfe = self.engine.manifest.nfe
-        return Request(PROMPTS[number % len(PROMPTS)], number, 0, nfe[number % len(nfe)], self.size)
+        return Request(self.prompts[number % len(self.prompts)], number, 0, nfe[number % len(nfe)], self.size)
 
     def differs(self, index: int) -> bool:
         """One trial: whether company changed anything."""
@@ -119,7 +123,7 @@ class Trials:
     def join(self, scheduler: Scheduler, kind: str) -> tuple[str, Ear]:
         """Submits a mate of a kind."""
         nfe, ear = self.engine.manifest.nfe, Ear()
-        prompt = PROMPTS[self.rng.integers(len(PROMPTS))]
+        prompt = self.prompts[self.rng.integers(len(self.prompts))]
         scheduler.submit(Request(prompt, int(self.rng.integers(2**63)), 0, int(self.rng.choice(nfe)), self.size), ear)
         spoil(scheduler.arrivals[-1].progress, kind)
         return kind, ear

@@ -25,7 +25,7 @@ from server.engine.engine import Engine, Pixels, Request, Result
 from server.engine.errors import EngineError
 from server.engine.fingerprint import device_class
 from server.engine.scheduler import Scheduler
-from server.gateway.backend import ImageRequest
+from server.gateway.backend import GenerationRequest
 from server.gateway.triton_client import TritonClient
 from server.generate import open_engine
 
@@ -110,6 +110,8 @@ class Waiter:
     def cancelled(self) -> bool:
         return False
 
+    def stepped(self, step: int) -> None: ...
+
     def preview(self, step: int, image: Pixels) -> None: ...
 
     def done(self, result: Result) -> None:
@@ -160,7 +162,7 @@ def triton_stream(port: int, prompts: Prompts) -> Remote:
     async def connect() -> Ask:
         async def ask() -> str:
             one = prompts.next()
-            asked = ImageRequest(prompts.student, one.prompt, one.seed, 0, one.nfe, one.size)
+            asked = GenerationRequest(prompts.student, one.prompt, one.seed, 0, one.nfe, one.size)
             await client.generate(asked, ANSWER_SECONDS)
             return ""
 

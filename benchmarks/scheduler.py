@@ -39,6 +39,8 @@ class Waiter:
     def cancelled(self) -> bool:
         return False
 
+    def stepped(self, step: int) -> None: ...
+
     def preview(self, step: int, image: Pixels) -> None: ...
 
     def done(self, result: Result) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import nn
 
 from tdm_train.backbones.sizes import pixel_block
@@ -42,22 +42,6 @@ class ImageDecoder(nn.Module):
             latents = latents * self.std
             return latents / scale + self.mean
         return latents / scale if shift is None else latents / scale + shift
-
-
-class VideoDecoder(nn.Module):
-    """latents float32 [B, F, C, h, w] -> video uint8 [B, frames, H, W, 3]. Pixel blocks as those of ImageDecoder."""
-
-    def __init__(self, vae: AutoencoderKLCogVideoX):
-        super().__init__()
-        self.vae, self.block = vae, pixel_block(vae.config)
-
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        scaled = (latents.permute(0, 2, 1, 3, 4) / self.vae.config.scaling_factor).to(self.vae.dtype)
-        decoded: torch.Tensor = self.vae.decode(scaled, return_dict=False)[0].float()
-        frames = decoded.transpose(1, 2)
-        if self.block > 1:
-            frames = F.pixel_shuffle(frames, self.block)
-        return to_bytes(frames).permute(0, 1, 3, 4, 2)
 
 
 def per_channel(values: list[float] | None) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from export.text_encoders import same_batch
+from server.engine.student import GraphName
 from tdm_train.denoiser import Denoiser, Text
 
 Tensors = dict[str, torch.Tensor]
@@ -49,11 +50,15 @@ class Graph:
     """One graph to export.
 
     module: in evaluation mode; example: (batch, latent shape) -> random inputs by name, the same for the same arguments;
-    dynamic: input -> axis -> the name of its dimension.
+    dynamic: input -> axis -> the name of its dimension; without any, the graph is for a batch of one.
     """
 
-    name: str
+    name: GraphName
     module: nn.Module
     example: Callable[[int, tuple[int, ...]], Tensors]
     outputs: tuple[str, ...]
     dynamic: dict[str, dict[int, str]]
+
+    def batch(self, wanted: int) -> int:
+        """The batch that can be run in place of the wanted one."""
+        return wanted if self.dynamic else 1

@@ -40,7 +40,7 @@ def export_graph(graph: Graph, file: Path, latents: tuple[int, ...], one_file_by
 def traced(graph: Graph, latents: tuple[int, ...]) -> ir.Model:
     """The graph in ONNX's terms. Its weights are still PyTorch's own tensors."""
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)  # names torchvision, not needed
-    inputs = graph.example(2, latents)
+    inputs = graph.example(graph.batch(2), latents)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns of torchvision and of its own internals
         program = torch.onnx.export(
@@ -48,7 +48,7 @@ def traced(graph: Graph, latents: tuple[int, ...]) -> ir.Model:
             (),
             kwargs=inputs,
             dynamo=True,
-            dynamic_shapes={name: graph.dynamic[name] for name in inputs},
+            dynamic_shapes={name: graph.dynamic.get(name) for name in inputs},
             input_names=list(inputs),
             output_names=list(graph.outputs),
             verbose=False,

@@ -14,7 +14,7 @@ from tdm_train.checkpoint import Student, denoiser_of
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ALL_FP32: dict[GraphName, Precision] = dict.fromkeys(GRAPHS, "fp32")
+ALL_FP32: dict[GraphName, Precision] = dict.fromkeys(STAGES, "fp32")
 
 
 def parse_precisions(told: str) -> dict[GraphName, Precision]:
@@ -24,14 +24,15 @@ def parse_precisions(told: str) -> dict[GraphName, Precision]:
     """
     pairs = [part.strip().partition("=") for part in told.split(",")]
     if len(pairs) == 1 and not pairs[0][1]:
-        return dict.fromkeys(GRAPHS, known_precision(pairs[0][0]))
+        return dict.fromkeys(STAGES, known_precision(pairs[0][0]))
     found: dict[GraphName, Precision] = {}
     for stage, _, precision in pairs:
-        if stage not in STAGES:
-            raise ValueError(f"precision of stage {stage!r}, legal stages: {', '.join(STAGES)}")
-        if STAGES[stage] in found:
+        graphs = [graph for graph, its in STAGES.items() if its == stage]
+        if not graphs:
+            raise ValueError(f"precision of stage {stage!r}, legal stages: {', '.join(dict.fromkeys(STAGES.values()))}")
+        if graphs[0] in found:
             raise ValueError(f"precision of stage {stage!r} is given twice, legal is once")
-        found[STAGES[stage]] = known_precision(precision)
+        found |= dict.fromkeys(graphs, known_precision(precision))
     return ALL_FP32 | found
 
 
@@ -107,7 +108,7 @@ def refuse_overflow(graph: Graph, stage: str, precision: Precision, latents: tup
     handles = [part.register_forward_hook(watch(name)) for name, part in graph.module.named_modules()]
     try:
         with torch.no_grad():
-            graph.module(**graph.example(2, latents))
+            graph.module(**graph.example(graph.batch(2), latents))
     finally:
         for handle in handles:
             handle.remove()

@@ -14,7 +14,7 @@ import diffusers
 import onnx
 import onnxruntime
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKLCogVideoX, AutoencoderTiny
 from tqdm import tqdm
 
 from export.exchange import put_in_place
@@ -27,8 +27,9 @@ from export.sampler_table import Row, sampler_table
 from export.student_graphs import MAX_BATCH, example_shape, student_graphs
 from export.tensorrt import Built, Toolchain, build_engines
 from export.verify import Form, Forms, verify
+from export.video_decoders import VideoDecoder, chunks_of
 from server.engine.errors import NumericalError
-from server.engine.student import GRAPHS, STAGES, GraphName, Precision, StudentManifest, weights_of
+from server.engine.student import STAGES, GraphName, Precision, StudentManifest, weights_of
 from server.engine.triton_config import MODEL_PY, triton_config
 from tdm_train.backbones import backbone_of
 from tdm_train.checkpoint import Student, load_student
@@ -120,7 +121,7 @@ def build(
     engine = {built.plan.recipe.graph: built.in_words() for built in engines()}
     files = tuple(
         GraphFile(graph, manifest.precision[graph], bytes_of(version / f"{graph}.onnx"), seconds[graph], engine.get(graph))
-        for graph in GRAPHS
+        for graph in manifest.graphs
     )
     report = Report(manifest, files, proof.checks, time.perf_counter() - begin)
     write_report(report, proof, folder)
@@ -133,7 +134,9 @@ def forms_of(student: Student, vae: Any, precisions: Mapping[GraphName, Precisio
 
     def form(told: Mapping[GraphName, Precision], of: tuple[Student, Any]) -> tuple[Form, tuple[Student, Any]]:
         cast = in_precision(*of, told)
-        return Form(cast[0], {graph.name: graph for graph in student_graphs(*cast, shapes)}), cast
+        graphs = {graph.name: graph for graph in student_graphs(*cast, shapes)}
+        video = isinstance(cast[1], AutoencoderKLCogVideoX)
+        return Form(cast[0], graphs, VideoDecoder(cast[1]) if video else graphs["vae_decoder"].module), cast
 
     float32, trained = form(ALL_FP32, (student, vae))
     if precisions == ALL_FP32:
@@ -147,14 +150,13 @@ def export_graphs(form: Form, version: Path, precisions: Mapping[GraphName, Prec
     """Writes every graph of a student as `version/<graph>.onnx`; returns the seconds each took. Raises ValueError for a stage
     that overflows in its precision."""
     traced = example_shape(form.student, list(latent_shapes(form.student).values()))
-    stages = {graph: stage for stage, graph in STAGES.items()}
     seconds: dict[str, float] = {}
-    with tqdm(GRAPHS, desc="exporting", dynamic_ncols=True) as bar:
+    with tqdm(list(form.graphs), desc="exporting", dynamic_ncols=True) as bar:
         for name in bar:
             bar.set_postfix_str(name)
             started = time.perf_counter()
             if precisions[name] != "fp32":
-                refuse_overflow(form.graphs[name], stages[name], precisions[name], traced)
+                refuse_overflow(form.graphs[name], STAGES[name], precisions[name], traced)
             export_graph(form.graphs[name], version / f"{name}.onnx", traced)
             seconds[name] = time.perf_counter() - started
     return seconds
@@ -192,9 +194,10 @@ def describe(
     family = FAMILIES[described.family]
     tokenizers = family.tokenizers(student)
     longest = max(tokenizer.length for tokenizer in tokenizers)
-    graphs = [f"{graph}.onnx" for graph in GRAPHS]
-    weights = [name for name in map(weights_of, graphs) if (version / name).exists()]
-    files = (*graphs, *weights, *(tokenizer.file for tokenizer in tokenizers))
+    sizes, chunked = latent_shapes(student), isinstance(vae, AutoencoderKLCogVideoX)
+    graphs = [graph for graph in STAGES if (version / f"{graph}.onnx").exists()]
+    weights = [name for graph in graphs if (version / (name := weights_of(f"{graph}.onnx"))).exists()]
+    files = (*(f"{graph}.onnx" for graph in graphs), *weights, *(tokenizer.file for tokenizer in tokenizers))
     return StudentManifest.model_validate(
         {
             "format": 2,
@@ -208,16 +211,17 @@ def describe(
             "nfe": described.nfe,
             "default_nfe": described.default_nfe,
             "tables": tables,
-            "sizes": {size: list(shape) for size, shape in latent_shapes(student).items()},
+            "sizes": {size: list(shape) for size, shape in sizes.items()},
             "frames": described.frames,
             "fps": described.fps,
+            "chunks": chunks_of(vae, next(iter(sizes.values()))[0]) if chunked else None,
             "tokenizers": [tokenizer.model_dump() for tokenizer in tokenizers],
             "conditions": list(family.conditions),
             "decoder": "tiny" if isinstance(vae, AutoencoderTiny) else "full",
             "max_prompt_characters": max(FEWEST_CHARACTERS, CHARACTERS_PER_TOKEN * longest),
             "max_batch": MAX_BATCH,
             "init_noise_sigma": float(getattr(scheduler, "init_noise_sigma", 1.0)),
-            "precision": dict(precisions),
+            "precision": {graph: precisions[graph] for graph in graphs},
             "k_conditioning": described.k_conditioning,
             "training": described.training,
             "files": {name: sha256(version / name) for name in files},

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from export.decoders import ImageDecoder, VideoDecoder
+from export.decoders import ImageDecoder
 from export.families import FAMILIES, Family
 from export.graphs import Graph, StudentStep, Tensors
-from server.engine.student import TokenizerSettings, token_tensors
+from export.video_decoders import ChunkDecoder, chunks_of
+from server.engine.student import NEXT, TokenizerSettings, token_tensors
 from tdm_train.checkpoint import Student
 from tdm_train.denoiser import Denoiser
 
@@ -18,12 +19,14 @@ Dims = dict[int, Any]  # axis -> torch.export's dimension
 
 
 def student_graphs(student: Student, vae: Any, shapes: list[Shape]) -> list[Graph]:
-    """text_encoder, student_step and vae_decoder for latents of these shapes, decoded by `vae`."""
+    """text_encoder, student_step and vae_decoder for latents of these shapes, decoded by `vae`; vae_decoder_next for videos of
+    more than one chunk."""
     described, family = student.description, FAMILIES[student.description.family]
     sides = side_dims(family.latent_step(student.denoiser.network), shapes)
     nfe = described.nfe if described.k_conditioning else None
     step = step_graph(family, student.denoiser, condition_shapes(student), sides, nfe)
-    return [text_graph(student), step, decoder_graph(vae, sides)]
+    decoders = chunk_graphs(vae, shapes[0]) if isinstance(vae, AutoencoderKLCogVideoX) else [decoder_graph(vae, sides)]
+    return [text_graph(student), step, *decoders]
 
 
 def example_shape(student: Student, shapes: list[Shape]) -> Shape:
@@ -94,13 +97,31 @@ def step_graph(family: Family, denoiser: Denoiser, shapes: dict[str, Shape], sid
 
 
 def decoder_graph(vae: Any, sides: Dims) -> Graph:
-    """The decoder: of images, full or tiny, or of videos."""
-    module = VideoDecoder(vae) if isinstance(vae, AutoencoderKLCogVideoX) else ImageDecoder(vae)
+    """The decoder of images, full or tiny."""
 
     def example(rows: int, latents: Shape) -> Tensors:
         return {"latents": torch.randn(rows, *latents, generator=torch.Generator().manual_seed(rows))}
 
-    return Graph("vae_decoder", module, example, ("image",), {"latents": {0: batch_dim(), **sides}})
+    return Graph("vae_decoder", ImageDecoder(vae), example, ("image",), {"latents": {0: batch_dim(), **sides}})
+
+
+def chunk_graphs(vae: AutoencoderKLCogVideoX, latents: Shape) -> list[Graph]:
+    """The decoders of a video's first chunk and, if there are more, of the others. latents: the shape of all, [F, C, h, w]."""
+    first, *later = chunks_of(vae, latents[0])
+    module = ChunkDecoder(vae, followed=bool(later))
+
+    def example(frames: int) -> Tensors:
+        return {"latents": torch.randn(1, frames, *latents[1:], generator=torch.Generator().manual_seed(frames))}
+
+    outputs = ("image", "next_state") if later else ("image",)
+    graphs = [Graph("vae_decoder", module, lambda rows, shape: example(first), outputs, {})]
+    if later:
+        with torch.no_grad():
+            _, state = module.eval()(**example(first))
+        graphs.append(
+            Graph(NEXT, ChunkDecoder(vae, module), lambda rows, shape: example(later[0]) | {"state": state}, outputs, {})
+        )
+    return graphs
 
 
 def condition_shapes(student: Student) -> dict[str, Shape]:

@@ -36,7 +36,7 @@ from server.engine.engine_plan import (
 )
 from server.engine.errors import StudentError
 from server.engine.shapes import Shape, input_shapes, most_rows
-from server.engine.student import GRAPHS, GraphName, StudentManifest, open_verified, read_manifest, sha256_of
+from server.engine.student import GraphName, StudentManifest, open_verified, read_manifest, sha256_of
 from server.engine.tensorrt_program import installed_packages
 from server.table import aligned, readable_size
 
@@ -123,10 +123,10 @@ def build_engines(folder: Path, tools: Toolchain, known: Path | None = None) -> 
 
 
 def engines(version: Path, manifest: StudentManifest, tools: Toolchain, before: Known, new: Path) -> list[Built]:
-    """The engines of the three graphs as files in `new`; before: those that are known."""
+    """The engines of the graphs as files in `new`; before: those that are known."""
     built: list[Built] = []
     text: dict[str, Shape] = {}
-    for graph in GRAPHS:
+    for graph in manifest.graphs:
         files = {name: open_verified(version / name, manifest.files[name]) for name in graph_files(manifest, graph)}
         model = onnx.load_model_from_string(bytes(files[f"{graph}.onnx"]))
         recipe = recipe_of(manifest, graph, tools, model, text)

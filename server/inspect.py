@@ -9,7 +9,7 @@ from typing import Any
 from server.engine.engine import Engine
 from server.engine.engine_plan import FOLDER, EngineManifest, built_by, fits, read_engines, read_plan
 from server.engine.errors import StudentError
-from server.engine.student import GRAPHS, MEND, ExportedStudent, StudentManifest, open_student, read
+from server.engine.student import MEND, ExportedStudent, StudentManifest, open_student, read
 from server.engine.triton_config import MODEL_PY, triton_config
 from server.table import aligned, readable_size
 
@@ -204,7 +204,7 @@ def sizes(manifest: StudentManifest) -> list[str]:
 def files(student: ExportedStudent) -> list[str]:
     """The files that the digests cover. All are verified: a student with another file was refused."""
     manifest = student.manifest
-    precision = {f"{graph}.onnx": manifest.precision[graph] for graph in GRAPHS}
+    precision = {f"{graph}.onnx": manifest.precision[graph] for graph in manifest.graphs}
     rows = [("file", "precision", "size", "sha256", "")]
     for name, contents in student.files.items():
         rows.append((name, precision.get(name, ""), readable_size(len(contents)), manifest.files[name][:12], "verified"))

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import re
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,15 +13,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 from hypothesis import settings
 
 from server.gateway.inprocess_backend import InProcessBackend
+from server.jobs.storage import Storage, open_storage
+from server.jobs.store import JobStore
+from tests.fakes import FakeClock
+from tests.postgres import Postgres
 from tests.tiny_student import build_tiny_student
+from tests.tiny_video import build_tiny_video
 
 # For torch, which reads it when it is imported: the tests' networks are so small that threads only wait for each other, ten
 # times as long as one takes where the cores have other work too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Device locks of this run's own: a video waits for every image on its device, also for those of other runs on this machine.
+LOCKS = tempfile.TemporaryDirectory(prefix="fewstep-test-locks-")
+os.environ.setdefault("FEWSTEP_LOCKS", LOCKS.name)
 
 # Examples are the same in every run, so that a run goes red by a change alone; `HYPOTHESIS_PROFILE=default make test` looks
 # for new ones. How long one takes is no property of ours.
@@ -99,6 +110,64 @@ def miniatures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 @pytest.fixture(scope="session")
+def video_repository(tmp_path_factory: pytest.TempPathFactory, bundled_repository: Path) -> Path:
+    """A model repository with the bundled student and a miniature CogVideoX student with random weights: "cogvideox-2b", 17
+    frames of 48x32 at 8 fps, 1 to 4 NFE, these on the grid of TDM's released student; beside it `student`, of which it was
+    exported. Not to be changed. It takes half a minute; see tests/tiny_video.py for a student that takes none."""
+    from export.publish import export_student
+    from tests.miniatures import RELEASED_GRID, save_miniature_student
+
+    folder = tmp_path_factory.mktemp("videos")
+    export_student(save_miniature_student("cogvideox_2b", folder, timesteps=RELEASED_GRID), folder / "repository")
+    shutil.copytree(bundled_repository / "scenes", folder / "repository" / "scenes")
+    return folder / "repository"
+
+
+@pytest.fixture(scope="session")
+def video_backend(video_repository: Path) -> Iterator[InProcessBackend]:
+    """The students of video_repository, run in this process. Not to be changed."""
+    backend = InProcessBackend(video_repository)
+    asyncio.run(backend.start())
+    yield backend
+    asyncio.run(backend.stop())
+
+
+@pytest.fixture(scope="session")
+def video_server(video_repository: Path) -> Iterator[Server]:
+    """The students of video_repository behind the real Triton and the real gateway. Not to be killed."""
+    server = start_server(video_repository)
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def clips_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with a small random student of images, "tiny", and one of videos, "tiny-video": 25 frames of 64x32 at
+    8 fps, 1 to 4 NFE. Not to be changed."""
+    repository = tmp_path_factory.mktemp("clips")
+    build_tiny_student(repository)
+    build_tiny_video(repository)
+    return repository
+
+
+@pytest.fixture(scope="session")
+def clips_backend(clips_repository: Path) -> Iterator[InProcessBackend]:
+    """The students of clips_repository, run in this process. Not to be changed."""
+    backend = InProcessBackend(clips_repository)
+    asyncio.run(backend.start())
+    yield backend
+    asyncio.run(backend.stop())
+
+
+@pytest.fixture(scope="session")
+def clips_server(clips_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The students of clips_repository behind the real Triton and the real gateway. Not to be killed."""
+    server = start_server(clips_repository, "triton", "--set", f"jobs_folder={tmp_path_factory.mktemp('jobs')}")
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.fixture(scope="session")
 def tiny_backend(tiny_repository: Path) -> Iterator[InProcessBackend]:
     """The small random student, run in this process. Not to be changed."""
     backend = InProcessBackend(tiny_repository)
@@ -126,3 +195,58 @@ def triton_server(bundled_repository: Path) -> Iterator[Server]:
     server = start_server(bundled_repository)
     yield server
     assert server.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real one, running."""
+    server = Postgres()
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def jobs_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database for jobs, of either kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/jobs.sqlite"
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.new_database()
+
+
+@pytest.fixture(scope="session")
+def s3() -> str:
+    """The address of a server that speaks S3 and has a bucket named `clips`."""
+    from moto.server import ThreadedMotoServer  # a second, which only some tests should pay
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()  # its threads end with this one; to stop it earlier would be to wait for connections that are kept
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    httpx.put(f"{url}/clips").raise_for_status()
+    return url
+
+
+@pytest.fixture(params=["folder", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """An empty storage of files, of either kind."""
+    if request.param == "folder":
+        return open_storage(str(tmp_path / "files"))
+    keys = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_REGION": "us-east-1", "AWS_ALLOW_HTTP": "true"}
+    for name, value in (keys | {"AWS_ENDPOINT_URL": request.getfixturevalue("s3")}).items():
+        monkeypatch.setenv(name, value)
+    return open_storage(f"s3://clips/{secrets.token_hex(8)}")
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    """Stands still at 0."""
+    return FakeClock()
+
+
+@pytest.fixture
+def store(jobs_url: str, clock: FakeClock) -> Iterator[JobStore]:
+    """An empty store by `clock`: leases of 10 s, 3 attempts, files for 100 s."""
+    store = JobStore(jobs_url, lease_seconds=10, attempts=3, expiry_seconds=100, clock=clock)
+    yield store
+    store.close()

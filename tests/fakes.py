@@ -1,6 +1,8 @@
-"""An engine whose networks are a few lines of numpy and whose clock moves only when they run, and a device of numpy memory."""
+"""An engine whose networks are a few lines of numpy and whose clock moves only when they run; what is around it."""
 
+import asyncio
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from server.engine.onnx_program import OnnxProgram
 from server.engine.session import PROVIDER, Tensors, open_graph
 from server.engine.student import Contents, open_student
 from server.engine.text import TextEncoder
+from server.gateway.backend import Generated, GenerationRequest, OnPreview, OnStep, Span, StudentCard
 
 NFE_SECONDS, DECODE_SECONDS = 1.0, 2.0
 NAN_SEED, RAISING_SEED = 666, 667  # requests with these seeds spoil their row, or the whole call
@@ -203,12 +206,17 @@ class Recorder:
     def __init__(self) -> None:
         self.wanted = True
         self.asked = 0
+        self.steps: list[int] = []
         self.previews: list[tuple[int, Pixels]] = []
         self.answers: list[Result | EngineError] = []
 
     def cancelled(self) -> bool:
         self.asked += 1
         return not self.wanted
+
+    def stepped(self, step: int) -> None:
+        assert not self.answers, "a step after the last word"
+        self.steps.append(step)
 
     def preview(self, step: int, image: Pixels) -> None:
         assert not self.answers, "a preview after the last word"
@@ -224,3 +232,69 @@ class Recorder:
     def answer(self) -> Result | EngineError:
         (only,) = self.answers
         return only
+
+
+MOTION = StudentCard(
+    name="motion",
+    media_type="video",
+    family="cogvideox",
+    revision="0",
+    nfe=(1, 2, 4),
+    default_nfe=4,
+    sizes={"64x48": [4, 8, 6, 8]},
+    frames=16,
+    fps=8,
+    text_length=12,
+    max_prompt_characters=100,
+    manifest_sha256="",
+    fingerprint="fp_fake",
+)
+
+
+class FakeVideos:
+    """A backend with one student, whose videos are one colour that the seed decides. With `patient` an NFE is executed only
+    when `let` allows it; `failure` is raised in its place."""
+
+    def __init__(self, patient: bool = False) -> None:
+        self.students = {"motion": MOTION}
+        self.patient, self.allowed = patient, asyncio.Semaphore(0)
+        self.executed: list[tuple[str, int]] = []  # prompts and the NFEs executed for them
+        self.failure: Exception | None = None
+
+    def let(self, nfe: int) -> None:
+        for _ in range(nfe):
+            self.allowed.release()
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def ready(self) -> bool:
+        return True
+
+    async def scrape(self) -> str:
+        return ""
+
+    def processes(self) -> list[int]:
+        return [os.getpid()]
+
+    def kill(self) -> None: ...
+
+    async def generate(
+        self, request: GenerationRequest, on_preview: OnPreview | None = None, on_step: OnStep | None = None
+    ) -> Generated:
+        width, height = map(int, request.size.split("x"))
+        frames = np.full((MOTION.frames or 0, height, width, 3), request.seed % 251, np.uint8)
+        spans = [Span("text_encoder", 0, 1000, 1)]
+        for step in range(1, request.nfe + 1):
+            await (self.allowed.acquire() if self.patient else asyncio.sleep(0))
+            if self.failure:
+                raise self.failure
+            self.executed.append((request.prompt, step))
+            spans.append(Span(f"nfe{step}", 0, 1000, 1))
+            if on_step:
+                on_step(step)
+            if on_preview and step in request.previews:
+                on_preview(step, frames[:2] // 2)
+        spans.append(Span("vae_decoder", 0, 1000, 1))
+        return Generated(frames, tuple(spans), 3, "fp_fake", {}, 10_000)

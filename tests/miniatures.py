@@ -34,12 +34,20 @@ from transformers import (
     T5Tokenizer,
 )
 
+from tdm_train.backbones import backbone_of
+from tdm_train.checkpoint import open_pipeline, save_student
+from tdm_train.description import Description
+from tdm_train.steps_aware import make_steps_aware, timestep_embedding
+
 PROMPTS = ["a red circle above a blue square", "a large star, black background"]
 WORDS = ("red", "blue", "circle", "square", "above", "star", "large", "black")
 LETTERS = "abcdefghijklmnopqrstuvwxyz,.!"
 SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 T5_LENGTH, CLIP_LENGTH = 24, 77
-WIDTH, HEIGHT, FRAMES = 48, 32, 9  # pixels; not square, so that a swap of the two is seen
+WIDTH, HEIGHT, FRAMES = 48, 32, 17  # not square, so that a swap of the two is seen; two chunks of a video
+LADDER = [1, 2, 3, 4]
+VIDEOS = ("cogvideox_2b", "cogvideox_5b")
+RELEASED_GRID = {4: [999.0, 856.0, 665.0, 399.0]}  # of TDM's CogVideoX-2B
 
 
 def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
@@ -260,3 +268,38 @@ def save_miniature(name: str, folder: Path) -> Path:
         torch.manual_seed(0)
         MINIATURES[name]().save_pretrained(folder)
     return folder
+
+
+def describe(name: str, family: str, **changes: Any) -> Description:
+    """What student.json says of a miniature."""
+    video = name in VIDEOS
+    fields = {
+        "name": name.replace("_", "-"),
+        "family": family,
+        "base": "random",
+        "revision": "0",
+        "nfe": LADDER,
+        "default_nfe": 4,
+        "text_length": 77 if family in ("stable_diffusion", "sdxl") else 24,
+        "sizes": ["48x32"] if video else ["64x64", "48x32"],
+        "frames": FRAMES if video else None,
+        "fps": 8 if video else None,
+        "k_conditioning": True,
+        "adapter_scale": None,
+        "training": {},
+    }
+    return Description.model_validate(fields | changes)
+
+
+def save_miniature_student(name: str, folder: Path, sampler: Any = None, **changes: Any) -> Path:
+    """A steps-aware student of a miniature with random K vectors, saved the way training does."""
+    teacher = open_pipeline(save_miniature(name, folder / "teacher"))
+    backbone = backbone_of(teacher)
+    network, described = getattr(teacher, backbone.NETWORK), describe(name, backbone.FAMILY, **changes)
+    if described.k_conditioning:
+        make_steps_aware(network, tuple(described.nfe))
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            torch.nn.init.normal_(timestep_embedding(network)[1].k_embedding)
+    save_student(teacher, network, described, folder / "student", sampler)
+    return folder / "student"

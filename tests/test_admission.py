@@ -17,7 +17,7 @@ from server.engine.student import open_student
 from server.engine.triton_config import student_parameters
 from server.gateway.admission import Admission, Cost, Ticket
 from server.gateway.app import create_app
-from server.gateway.backend import BackendImage, Span, StudentCard
+from server.gateway.backend import Generated, Span, StudentCard
 from server.gateway.errors import ApiError
 from server.gateway.inprocess_backend import InProcessBackend
 from server.gateway.plan import Plan, make_plan
@@ -152,7 +152,7 @@ def test_room_is_given_back_whatever_happens(plan: Plan) -> None:
 def test_costs_are_learned_as_each_row_s_share_of_its_batch(plan: Plan) -> None:
     admission = office()
     spans = (*(Span(f"nfe{step}", 0, 400_000_000, 4) for step in range(1, 5)), Span("vae_decoder", 0, 600_000_000, 2))
-    image: Any = BackendImage(np.zeros((64, 64, 3), np.uint8), spans, 4, "fp", {}, 0)
+    image: Any = Generated(np.zeros((64, 64, 3), np.uint8), spans, 4, "fp", {}, 0)
     for _ in range(100):
         admission.learn(plan, image)
     assert admission.predict(plan, 2) == pytest.approx(2 * (4 * 0.1 + 0.3), rel=0.01)

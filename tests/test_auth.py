@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from server.gateway.app import create_app
-from server.gateway.backend import BackendImage, ImageRequest
+from server.gateway.backend import Generated, GenerationRequest
 from server.gateway.inprocess_backend import InProcessBackend
 from server.gateway.keys import create, revoke
 from server.gateway.settings import Settings
@@ -215,10 +215,10 @@ class Waiting:
         self.inner, self.students, self.seen = inner, inner.students, asyncio.Event()
         self.let_go = asyncio.Event()
 
-    async def generate(self, request: ImageRequest, *rest: Any) -> BackendImage:
+    async def generate(self, request: GenerationRequest, *rest: Any) -> Generated:
         self.seen.set()
         await self.let_go.wait()
-        made: BackendImage = await self.inner.generate(request)
+        made: Generated = await self.inner.generate(request)
         return made
 
 

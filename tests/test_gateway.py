@@ -275,13 +275,15 @@ def test_a_student_of_videos_is_neither_the_default_nor_legal_for_images(client:
     (image,) = client.app.state.backend.students.values()
     video = dataclasses.replace(image, name="motion", media_type="video")
     students = {"motion": video, image.name: image}
-    assert find_student(None, students) is image
-    with pytest.raises(ApiError, match=f"'motion' makes videos.*{image.name}") as refused:
-        find_student("motion", students)
+    assert find_student(None, students, "image") is find_student(None, students) is image
+    assert find_student(None, students, "video") is find_student("motion", students) is video
+    with pytest.raises(ApiError, match=f"'motion' makes no images; those that do are {image.name}") as refused:
+        find_student("motion", students, "image")
     assert (refused.value.status, refused.value.param) == (400, "model")
-    with pytest.raises(ApiError) as missing:
-        find_student(None, {"motion": video})
-    assert missing.value.status == 404
+    for name in (None, "motion"):
+        with pytest.raises(ApiError, match="no student that makes images is served here, only motion") as missing:
+            find_student(name, {"motion": video}, "image")
+        assert (missing.value.status, missing.value.code) == (404, "model_not_found")
 
 
 def test_unknown_models_and_paths_are_404_and_wrong_methods_405(client: TestClient) -> None:

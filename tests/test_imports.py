@@ -50,6 +50,12 @@ def test_the_engine_knows_no_http(path: Path) -> None:
     assert ("triton_python_backend_utils" in packages(path)) == (path.name in ("triton_model.py", "triton_metrics.py"))
 
 
+@pytest.mark.parametrize("path", sources("server/jobs"), ids=str)
+def test_jobs_know_neither_http_nor_students(path: Path) -> None:
+    assert not packages(path) & {"fastapi", "starlette", "uvicorn", "httpx", "tritonclient", "onnxruntime"}
+    assert not [name for name in imported(path) if name.startswith(("server.gateway", "server.engine"))]
+
+
 @pytest.mark.parametrize("path", [*sources("export"), *sources("tdm_train")], ids=str)
 def test_nobody_imports_the_benchmarks_and_training_does_not_import_export(path: Path) -> None:
     allowed = {"benchmarks"} | ({"export", "server"} if "tdm_train" in path.parts else set())

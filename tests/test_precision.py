@@ -23,8 +23,7 @@ from server.engine.student import GRAPHS, STAGES, open_student
 from server.inspect import as_text, inspect
 from tdm_train.checkpoint import Student, load_student
 from tests.conftest import ROOT
-from tests.miniatures import t5, t5_tokenizer
-from tests.test_families import save_miniature_student
+from tests.miniatures import save_miniature_student, t5, t5_tokenizer
 
 SMALL = {"nfe": [1, 4], "sizes": ["64x64"]}
 Exports = Callable[[str, str], tuple[Path, Report]]
@@ -72,7 +71,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     ],
 )
 def test_a_precision_is_one_word_for_all_stages_or_one_for_each(told: str, expected: dict[str, str]) -> None:
-    assert parse_precisions(told) == {STAGES[stage]: precision for stage, precision in expected.items()}
+    assert parse_precisions(told) == {graph: expected[stage] for graph, stage in STAGES.items()}
 
 
 @pytest.mark.parametrize(

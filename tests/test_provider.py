@@ -1,6 +1,7 @@
 """What runs a student is chosen by one word, and whatever it lacks is told in one line before anything is loaded."""
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from server.engine.provider import VARIABLE, batches, provider_asked_for
 from server.engine.shapes import input_shapes, most_rows
 from server.engine.student import GRAPHS, open_student
 from tests.fakes import FakeRuntime
+from tests.tiny_video import build_tiny_video
 
 PACKAGES = {"tensorrt_rtx": "1.7.1"}
 DECLARED: dict[str, tuple[int, ...]] = {
@@ -182,3 +184,17 @@ def test_without_a_gpu_its_providers_are_refused_in_one_line(
     (line,) = result.stderr.splitlines()
     assert "no NVIDIA GPU can be used here" in line
     assert line.endswith("choose the provider cpu")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_video_on_a_gpu_has_the_processor_s_pixels_and_its_state_stays_there(tmp_path: Path, strict: bool) -> None:
+    student = open_student(build_tiny_video(tmp_path))
+    runtime = FakeRuntime()
+    engine = Engine.of(student, "strict" if strict else "fast", "cuda", runtime)
+    request = Request("a", 7, 0, 2, "64x32")
+    runtime.bus.clear()
+    assert np.array_equal(engine.run(request).image, Engine.of(student, provider="cpu").run(request).image)
+    latents = [4 * math.prod((frames, 4, 4, 8)) for frames in (3, 2, 2)]
+    pixels = [math.prod((frames, 32, 64, 3)) for frames in (9, 8, 8)]
+    decode = [copied for pair in zip(latents, pixels, strict=True) for copied in pair]
+    assert [size for _, size in runtime.bus[-6:]] == decode, "latents in and pixels out, and nothing else"

@@ -53,6 +53,7 @@ def test_every_entry_of_the_tree_exists_and_every_module_is_in_it() -> None:
     parts = (
         "server/engine",
         "server/gateway",
+        "server/jobs",
         "export",
         "tdm_train",
         "tdm_train/backbones",

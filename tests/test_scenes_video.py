@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks.evaluate_video import VideoEvaluation, VideoTeacher, student_rows
-from export.decoders import VideoDecoder
+from export.video_decoders import VideoDecoder
 from tdm_train.checkpoint import load_student, open_pipeline
 from tdm_train.recipes import RECIPES
 from tdm_train.scenes.evaluator import frechet_distance

@@ -1,8 +1,11 @@
 """The NFE scheduler: properties over random schedules, with networks and a clock that are fakes."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +17,10 @@ from server.engine.engine import Engine, Request, Result
 from server.engine.errors import Cancelled, DeadlineExceeded, EngineError, InvalidRequest, NumericalError, ShuttingDown
 from server.engine.metrics import MemoryMetrics
 from server.engine.scheduler import Scheduler
+from server.engine.session import Session, Tensors
 from tests.fakes import NAN_SEED, RAISING_SEED, FakeClock, FakeEngine, Recorder, fake_engine
 from tests.tiny_student import build_tiny_student
+from tests.tiny_video import build_tiny_video
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +244,16 @@ def test_previews_are_decoded_for_those_who_asked_and_for_nobody_else(tiny: Path
     assert stage.metrics.values["fewstep_batch_size_sum", (("stage", "vae_decoder"),)] == 4
 
 
+def test_executed_nfes_are_told_to_those_who_asked_and_cost_no_decode(tiny: Path) -> None:
+    stage = Stage(tiny)
+    asked, other = stage.submit(1, tells_steps=True), stage.submit(2, nfe=2)
+    stage.scheduler.tick()
+    assert asked.steps == [1], "told when it is executed, and not in the end"
+    stage.finish()
+    assert (asked.steps, other.steps) == ([1, 2, 3, 4], [])
+    assert stage.metrics.values["fewstep_batch_size_sum", (("stage", "vae_decoder"),)] == 2
+
+
 def test_nan_fails_its_own_request_alone(tiny: Path) -> None:
     stage = Stage(tiny)
     bad, good = stage.submit(NAN_SEED), stage.submit(2)
@@ -355,3 +370,132 @@ def test_many_threads_submit_and_none_is_lost_or_doubled(tiny_repository: Path) 
     for seed, sink in sinks.items():
         assert isinstance(sink.answer, Result)
         assert np.array_equal(sink.answer.image, expected[seed])
+
+
+class Worked:
+    """A device that notes what holds it: `work` has "step" or "chunk" for every hold, in order."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.work: list[str] = []
+        self.inside = False
+        for graph, session in engine.sessions.items():
+            engine.sessions[graph] = Noted(self, graph, session)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self.inside, before = True, len(self.work)
+        yield
+        self.inside = False
+        assert len(self.work) == before + 1, "one piece of work for every hold"
+
+
+@dataclass
+class Noted:
+    """A session that tells its device when it runs."""
+
+    device: Worked
+    graph: str
+    session: Session
+    batch_invariant = True
+
+    def run(self, tensors: Tensors) -> list[Any]:
+        if self.graph != "text_encoder":
+            assert self.device.inside, "work without the device"
+            self.device.work.append("step" if self.graph == "student_step" else "chunk")
+        return self.session.run(tensors)
+
+
+class Videos:
+    """A scheduler over the tiny student of videos (3 chunks: 9, 8 and 8 frames), worked by hand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.alone = Engine.open(build_tiny_video(folder))
+        self.engine = Engine.open(folder / "tiny-video")
+        self.device, self.metrics = Worked(self.engine), MemoryMetrics()
+        self.scheduler = Scheduler(self.engine, self.device, self.metrics)
+
+    def submit(self, seed: int, nfe: int = 2, **changes: Any) -> Recorder:
+        sink = Recorder()
+        self.scheduler.submit(Request("a", seed, 0, nfe, "64x32", **changes), sink)
+        return sink
+
+    def image(self, seed: int, nfe: int = 2) -> np.ndarray:
+        """What the request makes alone."""
+        return self.alone.run(Request("a", seed, 0, nfe, "64x32")).image
+
+    def tick(self, count: int) -> None:
+        for _ in range(count):
+            self.scheduler.tick()
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Videos:
+    return Videos(tmp_path)
+
+
+def test_a_video_holds_the_device_for_one_nfe_or_one_chunk_at_a_time(videos: Videos) -> None:
+    sink = videos.submit(1)
+    videos.tick(5)
+    assert videos.device.work == ["step", "step", "chunk", "chunk", "chunk"]
+    assert isinstance(sink.answer, Result)
+    assert np.array_equal(sink.answer.image, videos.image(1))
+    assert [span.stage for span in sink.answer.spans][2:] == ["nfe1", "nfe2", "vae_decoder"]
+
+
+def test_the_chunks_of_a_video_and_the_nfes_of_others_take_turns(videos: Videos) -> None:
+    first = videos.submit(1)
+    videos.tick(2)
+    second = videos.submit(2, nfe=4)
+    videos.tick(6)
+    assert videos.device.work[2:] in (["chunk", "step"] * 3, ["step", "chunk"] * 3)
+    videos.tick(4)
+    for sink, seed, nfe in ((first, 1, 2), (second, 2, 4)):
+        assert isinstance(sink.answer, Result)
+        assert np.array_equal(sink.answer.image, videos.image(seed, nfe))
+
+
+def test_a_video_that_has_begun_is_decoded_to_its_end_before_another_begins(videos: Videos) -> None:
+    sinks = [videos.submit(seed) for seed in (1, 2, 3)]
+    begun = set()
+    for _ in range(20):
+        videos.tick(1)
+        clips = [member for member in videos.scheduler.members if member.clip]
+        assert len(clips) <= 1, "of the state of a video there is one at a time"
+        begun |= set(clips)
+    assert len(begun) == 3
+    for sink, seed in zip(sinks, (1, 2, 3), strict=True):
+        assert isinstance(sink.answer, Result)
+        assert np.array_equal(sink.answer.image, videos.image(seed))
+
+
+def test_a_preview_of_a_video_is_its_first_chunk_and_changes_no_pixel(videos: Videos) -> None:
+    sink = videos.submit(1, nfe=3, previews=(1, 2))
+    videos.tick(3 + 2 + 3)
+    assert [(step, image.shape) for step, image in sink.previews] == [(1, (9, 32, 64, 3)), (2, (9, 32, 64, 3))]
+    assert isinstance(sink.answer, Result)
+    assert np.array_equal(sink.answer.image, videos.image(1, 3))
+    assert videos.device.work.count("chunk") == 2 + 3, "a preview costs one chunk"
+    assert videos.metrics.total("fewstep_previews_total") == 2
+
+
+def test_a_video_that_nobody_wants_any_more_ends_between_two_chunks(videos: Videos) -> None:
+    gone, other = videos.submit(1), videos.submit(2)
+    videos.tick(3)
+    gone.wanted = False
+    videos.tick(10)
+    assert isinstance(gone.answer, Cancelled)
+    assert videos.device.work == ["step", "step", *["chunk"] * (1 + 3)]
+    assert isinstance(other.answer, Result)
+    assert np.array_equal(other.answer.image, videos.image(2))
+
+
+def test_a_chunk_that_raises_fails_its_own_video_alone(videos: Videos) -> None:
+    bad, good = videos.submit(1), videos.submit(2)
+    videos.tick(3)
+    (member,) = [member for member in videos.scheduler.members if member.clip]
+    assert member.clip
+    member.clip.state = np.zeros((1, 1, 1), np.float32)
+    videos.tick(10)
+    assert isinstance(bad.answer, EngineError)
+    assert isinstance(good.answer, Result)
+    assert np.array_equal(good.answer.image, videos.image(2))

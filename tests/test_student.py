@@ -54,9 +54,12 @@ def test_a_missing_file_is_named(own_repository: Path, name: str) -> None:
     [
         ({"surprise": 1}, "surprise"),
         ({"format": 1}, "format"),
-        ({"media_type": "video"}, "frames and fps"),
-        ({"media_type": "video", "frames": 9, "fps": 8}, "latent shapes of 4 numbers"),
-        ({"frames": 9, "fps": 8}, "frames and fps"),
+        ({"media_type": "video"}, "frames, fps and chunks"),
+        ({"media_type": "video", "frames": 9, "fps": 8}, "frames, fps and chunks"),
+        ({"media_type": "video", "frames": 9, "fps": 8, "chunks": [3]}, "latent shapes of 4 numbers"),
+        ({"media_type": "video", "frames": 9, "fps": 8, "chunks": [2], "sizes": {"8x8": [3, 4, 1, 1]}}, "chunks must add up"),
+        ({"media_type": "video", "frames": 17, "fps": 8, "chunks": [3, 2], "sizes": {"8x8": [5, 4, 1, 1]}}, "vae_decoder_next"),
+        ({"frames": 9, "fps": 8, "chunks": [3]}, "frames, fps and chunks"),
         ({"tokenizers": []}, "tokenizers"),
         ({"conditions": ["text"]}, "conditions"),
         ({"decoder": "other"}, "decoder"),
@@ -93,6 +96,9 @@ def test_the_gateway_reads_back_what_the_exporter_wrote_for_triton(tiny_reposito
     assert card.nfe == tuple(manifest.nfe)
     assert list(card.sizes) == list(manifest.sizes)
     assert card.default_size == "64x64"
+    assert (card.frames, card.fps) == (None, None)
+    video = manifest.model_copy(update={"media_type": "video", "frames": 17, "fps": 8})
+    assert (StudentCard.parse(student_parameters(video)).frames, StudentCard.parse(student_parameters(video)).fps) == (17, 8)
     assert manifest.digest() in triton_config(manifest)
 
 

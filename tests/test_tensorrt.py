@@ -25,11 +25,10 @@ from export.tensorrt_network import build_plan, bytes_last, text_shapes
 from fewstep import app
 from server.engine.engine_plan import FOLDER, MANIFEST, RTX_TARGETS, EngineManifest, read_engines
 from server.engine.session import PROVIDER, open_graph
-from server.engine.student import GRAPHS, StudentManifest, read_manifest, sha256_of
+from server.engine.student import GRAPHS, NEXT, StudentManifest, read_manifest, sha256_of
 from tdm_train.checkpoint import Student, load_student
 from tests.conftest import ROOT
-from tests.miniatures import MINIATURES
-from tests.test_families import save_miniature_student
+from tests.miniatures import MINIATURES, save_miniature_student
 from tests.test_imports import loaded_after
 from tests.tiny_student import build_tiny_student, tiny_manifest, write_manifest
 
@@ -51,7 +50,8 @@ def fp16(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     student = load_student(save_miniature_student(request.param, folder))
     precisions = parse_precisions("fp16")
     export_graphs(forms_of(student, student.pipeline.vae, precisions).exported, folder, precisions)
-    return Half(manifest_of(student, latent_shapes(student)), {graph: onnx.load(folder / f"{graph}.onnx") for graph in GRAPHS})
+    manifest = manifest_of(student, latent_shapes(student))
+    return Half(manifest, {graph: onnx.load(folder / f"{graph}.onnx") for graph in manifest.graphs})
 
 
 def in_bfloat16(half: Half) -> Half:
@@ -81,8 +81,11 @@ def manifest_of(student: Student, sizes: dict[str, tuple[int, ...]]) -> StudentM
     said = read_manifest(ROOT / "model_repository/scenes/1/student.json").model_dump(mode="json")
     said |= {"sizes": {size: list(shape) for size, shape in sizes.items()}, "max_batch": 4}
     said |= {"frames": described.frames, "fps": described.fps, "media_type": "video" if described.frames else "image"}
+    said |= {"chunks": [3, 2] if described.frames else None}
+    graphs = [*GRAPHS, NEXT] if described.frames else GRAPHS
     tokenizers = family.tokenizers(student)
-    digests = {f"{graph}.onnx": "0" * 64 for graph in GRAPHS} | {tokenizer.file: "0" * 64 for tokenizer in tokenizers}
+    said |= {"precision": dict.fromkeys(graphs, "fp16")}
+    digests = {f"{graph}.onnx": "0" * 64 for graph in graphs} | {tokenizer.file: "0" * 64 for tokenizer in tokenizers}
     said |= {"tokenizers": [tokenizer.model_dump() for tokenizer in tokenizers], "files": digests}
     return StudentManifest.model_validate(said | {"conditions": list(family.conditions)})
 
@@ -93,8 +96,7 @@ def test_every_graph_of_every_family_builds_in_half_precision_for_all_gpus_that_
     half, tools = fp16 if precision == "fp16" else in_bfloat16(fp16), toolchain("rtx")  # not 7.5: T5 keeps a layer in float32
     trt = importlib.import_module(tools.package)
     text: dict[str, tuple[int, ...]] = {}
-    for graph in GRAPHS:
-        model = half.graphs[graph]
+    for graph, model in half.graphs.items():
         recipe = recipe_of(half.manifest, graph, tools, model, text)
         plan, built_in = build_plan(trt, recipe, copy.deepcopy(model), Path(f"{graph}.onnx"))
         assert built_in == precision, graph

@@ -23,7 +23,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from server.gateway.app import create_app
-from server.gateway.backend import TRACEPARENT, BackendError, BackendFault, ImageRequest
+from server.gateway.backend import TRACEPARENT, BackendError, BackendFault, GenerationRequest
 from server.gateway.inprocess_backend import InProcessBackend
 from server.gateway.settings import Settings
 from server.gateway.traceparent import traceparent
@@ -177,7 +177,7 @@ class FaultyBackend:
     async def ready(self) -> bool:
         return False
 
-    async def generate(self, request: ImageRequest, on_preview: Any = None) -> Any:
+    async def generate(self, request: GenerationRequest, on_preview: Any = None) -> Any:
         raise self.error
 
 
@@ -234,7 +234,7 @@ def test_triton_is_told_the_trace_in_a_grpc_header() -> None:
         TRACEPARENT.set(INCOMING)
         client = TritonClient(port)
         with pytest.raises(BackendError):
-            await client.generate(ImageRequest("tiny", "a", 1, 0, 1, "64x64"), 5)
+            await client.generate(GenerationRequest("tiny", "a", 1, 0, 1, "64x64"), 5)
         await client.close()
 
     asyncio.run(ask())

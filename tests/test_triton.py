@@ -22,10 +22,10 @@ from server.engine.engine import Engine, Request
 from server.gateway import triton_backend
 from server.gateway.backend import (
     BackendFailed,
-    BackendImage,
     BackendUnavailable,
     DeadlineExceeded,
-    ImageRequest,
+    Generated,
+    GenerationRequest,
     InvalidRequest,
     NumericalError,
 )
@@ -127,9 +127,9 @@ async def running(repository: Path) -> AsyncIterator[TritonBackend]:
         await backend.stop()
 
 
-def tiny_request(**changes: Any) -> ImageRequest:
+def tiny_request(**changes: Any) -> GenerationRequest:
     values = {"student": "tiny", "prompt": "a", "seed": 1, "image_index": 0, "nfe": 4, "size": "64x64"}
-    return ImageRequest(**values | changes)  # type: ignore[arg-type]
+    return GenerationRequest(**values | changes)  # type: ignore[arg-type]
 
 
 def stub_of(backend: TritonBackend) -> int:
@@ -141,7 +141,7 @@ def stub_of(backend: TritonBackend) -> int:
     )
 
 
-async def healed(backend: TritonBackend, seconds: float) -> BackendImage:
+async def healed(backend: TritonBackend, seconds: float) -> Generated:
     """The first image after a fault; anything but an image or BackendUnavailable is a failure."""
     async with asyncio.timeout(seconds):
         while True:
@@ -298,9 +298,9 @@ async def settled(backend: TritonBackend) -> dict[str, float]:
     return now
 
 
-def bundled_request(seed: int, **changes: Any) -> ImageRequest:
+def bundled_request(seed: int, **changes: Any) -> GenerationRequest:
     values = {"student": "scenes", "prompt": "a red circle", "seed": seed, "image_index": 0, "nfe": 4, "size": "128x128"}
-    return ImageRequest(**values | changes)  # type: ignore[arg-type]
+    return GenerationRequest(**values | changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -320,10 +320,10 @@ def test_a_closed_stream_stops_the_work_and_harms_no_mate(bundled_repository: Pa
                 task.cancel()
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
             after = await settled(backend)
-            kept = [outcome for outcome in outcomes if isinstance(outcome, BackendImage)]
+            kept = [outcome for outcome in outcomes if isinstance(outcome, Generated)]
             assert 12 <= len(kept) < 24
             for seed, outcome in enumerate(outcomes):
-                if isinstance(outcome, BackendImage):
+                if isinstance(outcome, Generated):
                     assert np.array_equal(outcome.image, engine.run(Request("a red circle", seed, 0, 4, "128x128")).image)
             gained = {name: after[name] - before.get(name, 0.0) for name in after}
             heard = gained["fewstep_finished_total"]

@@ -1,6 +1,7 @@
 """Builds a small random exported student with the real one's files and tensors, in milliseconds and without torch."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def write_manifest(folder: Path, fields: dict[str, Any]) -> None:
     (folder / "config.pbtxt").write_text(triton_config(manifest))
 
 
-def tiny_manifest(version: Path, name: str) -> dict[str, Any]:
+def tiny_manifest(version: Path, name: str, files: Sequence[str] = FILES) -> dict[str, Any]:
     """The contents of student.json; the tables are Euler steps of a flow from t = 1 to 0."""
     nfe = [1, 2, 3, 4]
     tables = {str(k): [[1000 * (k - i) / k, 1 - 1 / (k - i), 1 / (k - i), 0.0] for i in range(k)] for k in nfe}
@@ -62,6 +63,7 @@ def tiny_manifest(version: Path, name: str) -> dict[str, Any]:
         "sizes": {"64x64": [CHANNELS, 8, 8], "64x32": [CHANNELS, 4, 8]},
         "frames": None,
         "fps": None,
+        "chunks": None,
         "tokenizers": [{"file": "tokenizer.json", "length": LENGTH, "pad": 0, "masked": True, "truncates": False}],
         "conditions": ["text_emb", "mask"],
         "decoder": "full",
@@ -71,7 +73,7 @@ def tiny_manifest(version: Path, name: str) -> dict[str, Any]:
         "precision": dict.fromkeys(("text_encoder", "student_step", "vae_decoder"), "fp32"),
         "k_conditioning": True,
         "training": {},
-        "files": {file: hashlib.sha256((version / file).read_bytes()).hexdigest() for file in FILES},
+        "files": {file: hashlib.sha256((version / file).read_bytes()).hexdigest() for file in files},
         "versions": {"onnx": onnx.__version__},
     }
 
@@ -89,8 +91,9 @@ def text_encoder(rng: np.random.Generator) -> onnx.ModelProto:
     return model(nodes, inputs, {"text_emb": (FLOAT, ["B", "L", WIDTH])}, constants)
 
 
-def student_step(rng: np.random.Generator) -> onnx.ModelProto:
+def student_step(rng: np.random.Generator, video: bool = False) -> onnx.ModelProto:
     """x0 = tanh(latents / 2 + pooled text + timestep / 1000 + nfe / 10), then the solver's update."""
+    latents = ["B", "F", CHANNELS, "h", "w"] if video else LATENTS
     nodes = [
         helper.make_node("ReduceMean", ["text_emb", "second"], ["pooled"], keepdims=0),
         helper.make_node("MatMul", ["pooled", "weight"], ["shift"]),
@@ -102,11 +105,11 @@ def student_step(rng: np.random.Generator) -> onnx.ModelProto:
         helper.make_node("Sum", ["time", "rung", "mask_mean"], ["scalar"]),
         helper.make_node("Unsqueeze", ["scalar", "second"], ["column"]),
         helper.make_node("Add", ["shift", "column"], ["condition"]),
-        helper.make_node("Unsqueeze", ["condition", "spatial"], ["condition_map"]),
+        helper.make_node("Unsqueeze", ["condition", "not_channels"], ["condition_map"]),
         helper.make_node("Mul", ["latents", "half"], ["halved"]),
         helper.make_node("Add", ["halved", "condition_map"], ["before"]),
         helper.make_node("Tanh", ["before"], ["x0"]),
-        helper.make_node("Unsqueeze", ["coefficients", "spatial"], ["rows"]),
+        helper.make_node("Unsqueeze", ["coefficients", "not_columns"], ["rows"]),
         helper.make_node("Split", ["rows"], ["c0", "c1", "c2"], axis=1, num_outputs=3),
         helper.make_node("Mul", ["c0", "latents"], ["kept"]),
         helper.make_node("Mul", ["c1", "x0"], ["moved"]),
@@ -116,21 +119,22 @@ def student_step(rng: np.random.Generator) -> onnx.ModelProto:
     constants = {
         "weight": floats(rng, WIDTH, CHANNELS),
         "second": np.array([1]),
-        "spatial": np.array([2, 3]),
+        "not_channels": np.array([1, 3, 4] if video else [2, 3]),
+        "not_columns": np.arange(2, len(latents)),
         "half": np.float32(0.5),
         "tenth": np.float32(0.1),
         "thousandth": np.float32(0.001),
     }
     inputs = {
-        "latents": (FLOAT, LATENTS),
-        "x0_prev": (FLOAT, LATENTS),
+        "latents": (FLOAT, latents),
+        "x0_prev": (FLOAT, latents),
         "timestep": (FLOAT, ["B"]),
         "coefficients": (FLOAT, ["B", 3]),
         "nfe": (INT, ["B"]),
         "text_emb": (FLOAT, ["B", "L", WIDTH]),
         "mask": (INT, ["B", "L"]),
     }
-    return model(nodes, inputs, {"next_latents": (FLOAT, LATENTS), "x0": (FLOAT, LATENTS)}, constants)
+    return model(nodes, inputs, {"next_latents": (FLOAT, latents), "x0": (FLOAT, latents)}, constants)
 
 
 def vae_decoder(rng: np.random.Generator) -> onnx.ModelProto:

@@ -14,6 +14,7 @@ from server.engine.shapes import Shape
 from server.engine.student import GraphName, GraphTensors
 
 Shapes = dict[str, Shape]
+STAYS = ("next_state",)  # of a video's decoder: gigabytes, of which the host wants nothing
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Call:
 
 class DeviceSession:
     """Implements session.Session: host arrays in, host arrays out. device_step.py uses its calls without those copies.
+
+    An output in STAYS is put out as the tensor on the device, good until the next run, and may be an input of another session.
 
     Preparing means to run a graph once, so that the runtime settles what it leaves for the first time, and to capture what it
     does as one launch (a CUDA graph). All calls share the buffers, which are as large as the largest of them needs.
@@ -69,13 +72,17 @@ class DeviceSession:
             raise ValueError(f"{self.graph}: {first} {list(shape)} is not among what was prepared: {legal}")
         return self.calls[shape]
 
-    def run(self, tensors: Tensors) -> list[npt.NDArray[Any]]:
+    def run(self, tensors: Tensors) -> list[Any]:
         """See session.Session."""
         call = self.call(tensors[self.tensors.inputs[0]].shape)
-        for name, array in tensors.items():
-            self.send(call.tensors[name].address, name, array)
+        for name, given in tensors.items():
+            if isinstance(given, DeviceTensor):
+                self.runtime.copy(call.tensors[name].address, given.address, given.shape[0] * given.row_bytes)
+            else:
+                self.send(call.tensors[name].address, name, given)
         call.launch()
-        return [self.fetch(call.tensors[name]) for name in self.tensors.outputs]
+        outputs = {name: call.tensors[name] for name in self.tensors.outputs}
+        return [tensor if name in STAYS else self.fetch(tensor) for name, tensor in outputs.items()]
 
     def send(self, address: int, name: str, array: npt.NDArray[Any]) -> None:
         """Host to device; what the array holds must be what the graph declares."""

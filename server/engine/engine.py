@@ -1,7 +1,7 @@
 """A student's three stages on batches of requests: prepare, one NFE, decode.
 
-A `Progress` holds all the state of one image, so whoever calls `step` decides what runs between two NFEs and with whom:
-rows of a batch may be at different steps and have different NFE counts. See scheduler.py for who does.
+A `Progress` holds all the state of one image or video, so whoever calls `step` decides what runs between two NFEs and with
+whom: rows of a batch may be at different steps and have different NFE counts. See scheduler.py for who does.
 """
 
 import time
@@ -13,15 +13,16 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from server.engine.clip import Clip
 from server.engine.device_runtime import DeviceRuntime
 from server.engine.device_step import DeviceStep, Place
 from server.engine.errors import InvalidRequest, NumericalError
 from server.engine.fingerprint import fingerprint, fingerprint_parts
 from server.engine.noise import initial_latents
 from server.engine.provider import Provider, open_sessions, provider_asked_for
-from server.engine.session import Session
+from server.engine.session import Session, Tensors
 from server.engine.shapes import DECODE_BATCH, NFE_BATCH
-from server.engine.student import ExportedStudent, StudentManifest, open_student
+from server.engine.student import NEXT, ExportedStudent, StudentManifest, open_student
 from server.engine.text import Text, TextEncoder
 
 NOT_FINITE = "the student's output is not finite: no image was made"
@@ -32,8 +33,9 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Request:
-    """One image of one request. seed: 0..2^64-1; size: "WxH"; previews: after which NFEs (1 .. nfe - 1) x0 is shown; probe:
-    asked by the server itself, to see whether it works; who: the key that asks; keys share the device evenly."""
+    """One image or video of one request. seed: 0..2^64-1; size: "WxH"; previews: after which NFEs (1 .. nfe - 1) x0 is shown;
+    tells_steps: whether each NFE is told when it is executed; probe: asked by the server itself, to see whether it works; who:
+    the key that asks; keys share the device evenly."""
 
     prompt: str
     seed: int
@@ -41,6 +43,7 @@ class Request:
     nfe: int
     size: str
     previews: tuple[int, ...] = ()
+    tells_steps: bool = False
     probe: bool = False
     who: str = ""
 
@@ -150,10 +153,10 @@ class Engine:
     @property
     def max_decode_batch(self) -> int:
         """Rows that one decode may have."""
-        return 1 if self.fixed_batch else min(DECODE_BATCH, self.manifest.max_batch)
+        return 1 if self.fixed_batch or self.manifest.chunks else min(DECODE_BATCH, self.manifest.max_batch)
 
     def run(self, request: Request) -> Result:
-        """One image alone, from prompt to pixels. Raises InvalidRequest or NumericalError."""
+        """One image or video alone, from prompt to pixels. Raises InvalidRequest or NumericalError."""
         progress = self.prepare(request)
         while progress.remaining:
             if error := self.step([progress])[0]:
@@ -231,19 +234,40 @@ class Engine:
         return errors
 
     def decode(self, size: str, latents: Sequence[Floats]) -> list[Pixels]:
-        """Latents [1, ...] each, last ones or x0 on the way -> uint8 [H, W, 3] each, of videos [F, H, W, 3].
+        """Latents [1, ...] each, last ones or x0 on the way -> uint8 [H, W, 3] each, of a video [F, H, W, 3].
 
         Raises NumericalError.
         """
         assert 0 < len(latents) <= self.max_decode_batch
         assert len({one.shape for one in latents}) == 1
+        if self.manifest.chunks:
+            clip = self.clip(size, latents[0])
+            while clip.left:
+                self.decode_chunk(clip)
+            return [clip.video]
         (images,) = self.sessions["vae_decoder"].run({"latents": self.gather("decoded", latents, pad=False)})
-        width, height = map(int, size.split("x"))
-        frames = () if self.manifest.frames is None else (self.manifest.frames,)
-        expected = (len(latents), *frames, height, width, 3)
+        expected = (len(latents), *height_width(size), 3)
         if images.shape != expected or images.dtype != np.uint8:
             raise NumericalError(f"the decoder gave {images.dtype} {images.shape}, expected uint8 {expected}")
         return list(images)
+
+    def clip(self, size: str, latents: Floats) -> Clip:
+        """A video that is about to be decoded from latents [1, F, C, h, w]."""
+        assert self.manifest.chunks is not None
+        assert self.manifest.frames is not None
+        return Clip(latents, self.manifest.chunks, (self.manifest.frames, *height_width(size), 3))
+
+    def decode_chunk(self, clip: Clip) -> None:
+        """The coming chunk of a video. Between two chunks no other video may be begun: where its state stays on the device,
+        there is room for one. Raises NumericalError."""
+        told: Tensors = {"latents": clip.coming}
+        if clip.state is not None:
+            told["state"] = clip.state
+        begin = time.perf_counter_ns()
+        frames, *state = self.sessions[NEXT if clip.parts else "vae_decoder"].run(told)
+        clip.nanoseconds += time.perf_counter_ns() - begin
+        clip.begin = clip.begin or begin
+        clip.add(frames, state[0] if state else None)
 
     def result(self, progress: Progress, image: Pixels) -> Result:
         """What is told about a finished request."""
@@ -278,6 +302,12 @@ class Engine:
             raise InvalidRequest(f"image_index must be 0 to {2**32 - 1}, got {request.image_index}", "image_index")
         if any(not 0 < step < request.nfe for step in request.previews):
             raise InvalidRequest(f"previews must be after NFE 1 to {request.nfe - 1}, got {request.previews}", "previews")
+
+
+def height_width(size: str) -> tuple[int, int]:
+    """Pixels of "WxH"."""
+    width, height = map(int, size.split("x"))
+    return height, width
 
 
 def batch_policy(sessions: Sequence[Session], determinism: Determinism, max_batch: int) -> tuple[str, int | None]:

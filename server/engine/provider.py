@@ -16,7 +16,7 @@ from server.engine.errors import EngineError, StudentError
 from server.engine.fingerprint import device_class
 from server.engine.session import OPTIMISATION_LEVEL, PROVIDER, OnnxSession, Session, refuse_bf16
 from server.engine.shapes import NFE_BATCH, Shape, input_shapes, most_rows
-from server.engine.student import GRAPHS, Contents, ExportedStudent, GraphName, StudentManifest, weights_of
+from server.engine.student import Contents, ExportedStudent, GraphName, StudentManifest, weights_of
 from server.engine.tensorrt_program import installed_packages
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
@@ -42,7 +42,7 @@ def provider_asked_for() -> Provider:
 
 
 def open_sessions(student: ExportedStudent, provider: Provider, strict: bool, runtime: DeviceRuntime | None = None) -> Sessions:
-    """Opens the three graphs. strict: every NFE and every decode will have one shape (see engine.batch_policy).
+    """Opens a student's graphs. strict: every NFE and every decode will have one shape (see engine.batch_policy).
 
     Raises StudentError, where a GPU or a package is missing too.
     """
@@ -67,7 +67,7 @@ def on_processor(student: ExportedStudent) -> Sessions:
     """onnxruntime's CPU provider."""
     refuse_bf16(student.manifest.precision)
     sessions: dict[str, Session] = {}
-    for graph in GRAPHS:
+    for graph in student.manifest.graphs:
         contents, weights = contents_of(student, graph)
         sessions[graph] = OnnxSession(graph, contents, student.manifest.tensors(graph), weights)
     identity = onnxruntime_identity(PROVIDER) | {"device": device_class()}
@@ -113,7 +113,7 @@ def chosen_plans(student: ExportedStudent, capability: str, strict: bool) -> dic
     packages = [f"{package} {number}" for package, number in installed_packages().items()]
     if not packages:
         raise StudentError("TensorRT is not installed; run `pip install 'fewstep[tensorrt]'`, or choose the provider cuda")
-    plans = {graph: fitting(engines, graph, packages, capability, version) for graph in GRAPHS}
+    plans = {graph: fitting(engines, graph, packages, capability, version) for graph in student.manifest.graphs}
     for graph, plan in plans.items():
         largest = {name: shape.max for name, shape in plan.recipe.profile.items()}
         for size in student.manifest.sizes:
@@ -125,10 +125,10 @@ def chosen_plans(student: ExportedStudent, capability: str, strict: bool) -> dic
 def on_device(
     manifest: StudentManifest, runtime: DeviceRuntime, strict: bool, load: Callable[[GraphName], Program]
 ) -> dict[str, Session]:
-    """The three graphs on one device, ready for every batch that may come."""
+    """The graphs on one device, ready for every batch that may come."""
     sessions: dict[str, Session] = {}
     text: dict[str, Shape] = {}
-    for graph in GRAPHS:
+    for graph in manifest.graphs:
         program = load(graph)
         declared = {name: spec.dims for name, spec in program.inputs.items()}
         sizes = list(manifest.sizes)[: 1 if graph == "text_encoder" else None]

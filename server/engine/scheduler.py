@@ -1,10 +1,9 @@
 """The NFE scheduler: step-level continuous batching of everything one student is asked for.
 
-Every tick does one piece of work on the device: one NFE of a batch, or one decode. Members of a batch may be at different
-steps and have different NFE counts; who arrives joins at the next NFE, who is done leaves at once. Between two pieces of
-work the late are dropped, and the cancelled among those who would be worked on; images of other students may have the device
-(device.py). Who goes first is said in seats.py. NFEs and decodes take turns while both have work
-(decodes_next).
+Every tick does one piece of work on the device: one NFE of a batch, one decode, or one chunk of a video. Members of a batch may
+be at different steps and have different NFE counts; who arrives joins at the next NFE, who is done leaves at once. Between two
+pieces of work the late are dropped, and the cancelled among those who would be worked on; images of other students may have the
+device (device.py). Who goes first is said in seats.py. NFEs and decodes take turns while both have work (decodes_next).
 """
 
 import itertools
@@ -101,10 +100,12 @@ class Scheduler:
         self.members += arrived
         self.drop_late()
         to_step = [member for member in self.members if member.progress.remaining]
-        to_decode = [member for member in self.members if member.shown or not member.progress.remaining]
+        begun = [member for member in self.members if member.clip]  # at most one: of a video's state there is one at a time
+        to_decode = begun or [member for member in self.members if member.shown or not member.progress.remaining]
         floods = flooding(self.members, self.engine.max_batch)
         if self.decodes_next(to_step, to_decode, floods):
-            self.work(self.decode, self.decode_seats.deal(to_decode, self.engine.max_decode_batch, floods))
+            decode = self.decode_chunk if self.engine.manifest.chunks else self.decode
+            self.work(decode, self.decode_seats.deal(to_decode, self.engine.max_decode_batch, floods))
         elif to_step:
             self.work(self.step, self.step_seats.deal(to_step, self.engine.max_batch, floods))
         counted = [member for member in self.members if member.metrics is self.metrics]
@@ -168,6 +169,8 @@ class Scheduler:
         if progress.step == 1:
             waited = self.clock() - member.submitted - span.nanoseconds / 1e9
             member.metrics.observe("fewstep_queue_wait_seconds", max(waited, 0.0))
+        if progress.request.tells_steps:
+            tell(member.sink.stepped, progress.step)
         if progress.step in progress.request.previews:
             member.shown.append((progress.step, progress.x0))
 
@@ -175,11 +178,10 @@ class Scheduler:
         """Decodes each member's oldest preview that waits, or its image."""
         self.just_decoded = True
         progresses = [member.progress for member in batch]
-        latents = [member.shown[0][1] if member.shown else member.progress.latents for member in batch]
         try:
             with self.lock.held():
                 begin = time.perf_counter_ns()
-                images = self.engine.decode(progresses[0].request.size, latents)
+                images = self.engine.decode(progresses[0].request.size, [member.to_decode for member in batch])
                 nanoseconds = time.perf_counter_ns() - begin
         except Exception as error:
             if len(batch) > 1:
@@ -187,10 +189,25 @@ class Scheduler:
             return self.fail(batch[0], typed(error, "vae_decoder"))
         metrics_of(batch).observe("fewstep_batch_size", len(batch), stage="vae_decoder")
         for member, image in zip(batch, images, strict=True):
-            self.decoded(member, image, Span("preview" if member.shown else "vae_decoder", begin, nanoseconds, len(batch)))
+            self.decoded(member, image, Span(member.decodes, begin, nanoseconds, len(batch)))
+
+    def decode_chunk(self, batch: list[Member]) -> None:
+        """Decodes a chunk of a video. A preview is its first chunk: frames that move, for the price of a part."""
+        self.just_decoded = True
+        (member,) = batch
+        clip = member.clip = member.clip or self.engine.clip(member.progress.request.size, member.to_decode)
+        try:
+            with self.lock.held():
+                self.engine.decode_chunk(clip)
+        except Exception as error:
+            return self.fail(member, typed(error, "vae_decoder"))
+        if member.shown or not clip.left:
+            member.clip = None
+            member.metrics.observe("fewstep_batch_size", 1, stage="vae_decoder")
+            self.decoded(member, clip.video, Span(member.decodes, clip.begin, clip.nanoseconds))
 
     def decoded(self, member: Member, image: Pixels, span: Span) -> None:
-        """Sends a preview, or the image and with it the last word."""
+        """Sends a preview, or the image or video and with it the last word."""
         member.progress.spans.append(span)
         member.metrics.observe("fewstep_stage_duration_seconds", span.nanoseconds / 1e9, stage=span.stage)
         if member.shown:

@@ -14,7 +14,7 @@ from server.engine.errors import StudentError
 from server.engine.external_data import check_external_data
 from server.engine.student import STAGES, Contents, GraphName, GraphTensors, Precision, weights_of
 
-Tensors = dict[str, npt.NDArray[Any]]
+Tensors = dict[str, Any]  # arrays; on a device, what one graph has left for another is a DeviceTensor
 
 # The optimisation level changes the last bits of a float32, so it is pinned, and it belongs to the fingerprint.
 OPTIMISATION_LEVEL = "all"
@@ -32,18 +32,18 @@ class Session(Protocol):
 
     batch_invariant: bool
 
-    def run(self, tensors: Tensors) -> list[npt.NDArray[Any]]:
+    def run(self, tensors: Tensors) -> list[Any]:
         """One call; the first dimension of every array is the batch."""
         ...
 
 
 def refuse_bf16(precisions: Mapping[GraphName, Precision]) -> None:
     """Raises StudentError for a graph that onnxruntime has no arithmetic for on CPU, with the way out."""
-    for stage, graph in STAGES.items():
-        if precisions[graph] == "bf16":
+    for graph, precision in precisions.items():
+        if precision == "bf16":
             raise StudentError(
                 f"{graph}.onnx is bf16, which onnxruntime's {PROVIDER} does not compute: serve this student by TensorRT or "
-                f"CUDA, or export it for CPUs with `fewstep export ... --precision {stage}=fp32`"
+                f"CUDA, or export it for CPUs with `fewstep export ... --precision {STAGES[graph]}=fp32`"
             )
 
 

@@ -16,14 +16,15 @@ def most_rows(graph: GraphName, manifest: StudentManifest) -> int:
     return {
         "text_encoder": 1,
         "student_step": manifest.max_batch,
-        "vae_decoder": min(DECODE_BATCH, manifest.max_batch),
+        "vae_decoder": 1 if manifest.chunks else min(DECODE_BATCH, manifest.max_batch),
+        "vae_decoder_next": 1,
     }[graph]
 
 
 def input_shapes(
     declared: Mapping[str, Shape], manifest: StudentManifest, size: str, batch: int, text: Mapping[str, Shape]
 ) -> dict[str, Shape]:
-    """Input name -> shape for a batch of pictures of one size ("WxH"): prompts are padded to their tokeniser's length.
+    """Input name -> shape for a batch of one size ("WxH"): prompts are padded to their tokeniser's length.
 
     declared: the graph's own dimensions, with DYNAMIC for those that it leaves free; text: shapes [1, ...] of what the text
     encoder makes of a prompt, where the graph is told of it.
@@ -33,6 +34,8 @@ def input_shapes(
     for place, tokenizer in enumerate(manifest.tokenizers):
         rows |= dict.fromkeys(token_tensors(place, tokenizer), (tokenizer.length,))
     rows |= {name: shape[1:] for name, shape in text.items()}
+    if manifest.chunks and "x0_prev" not in declared:  # a decoder of videos: its graph states its chunk
+        del rows["latents"]
     shapes = {name: (batch, *rows.get(name, dims[1:])) for name, dims in declared.items()}
     assert not any(DYNAMIC in shape for shape in shapes.values()), shapes
     return shapes

@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, 
 
 from server.engine.errors import StudentError
 
-GraphName = Literal["text_encoder", "student_step", "vae_decoder"]
-GRAPHS: tuple[GraphName, ...] = ("text_encoder", "student_step", "vae_decoder")
+GraphName = Literal["text_encoder", "student_step", "vae_decoder", "vae_decoder_next"]
+GRAPHS: tuple[GraphName, ...] = ("text_encoder", "student_step", "vae_decoder")  # of every student
+NEXT: GraphName = "vae_decoder_next"  # decodes what follows the first chunk of a video
 Precision = Literal["fp32", "fp16", "bf16"]
-STAGES: dict[str, GraphName] = {"text_encoder": "text_encoder", "denoiser": "student_step", "vae": "vae_decoder"}
+STAGES: dict[GraphName, str] = {"text_encoder": "text_encoder", "student_step": "denoiser", "vae_decoder": "vae", NEXT: "vae"}
 MEND = "export the student again with `fewstep export`, or restore the file from git"
 
 Contents = bytes | bytearray | mmap.mmap
@@ -56,9 +57,10 @@ class StudentManifest(BaseModel):
 
     tables: NFE count -> rows (timestep, c0, c1, c2) in the order they run; next = c0*latents + c1*x0 + c2*x0_prev.
     sizes: "WIDTHxHEIGHT" in pixels -> latent shape, [C, h, w] of images and [F, C, h, w] of videos; the first is the default.
-    frames, fps: of a video in pixels, None for images. conditions: what student_step is told beside the latents. decoder: full,
-    or tiny for a distilled one. precision: of the weights and the arithmetic inside each graph; what goes in and comes out is
-    float32. k_conditioning: whether student_step is told its NFE count.
+    frames, fps: of a video in pixels, None for images. chunks: latent frames of a video that are decoded at once, in order (a
+    video is decoded alone, chunk by chunk), None for images. conditions: what student_step is told beside the latents. decoder:
+    full, or tiny for a distilled one. precision: of the weights and the arithmetic inside each graph; what goes in and comes
+    out is float32. k_conditioning: whether student_step is told its NFE count.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -77,6 +79,7 @@ class StudentManifest(BaseModel):
     sizes: Annotated[dict[Size, Annotated[list[PositiveInt], Field(min_length=3, max_length=4)]], Field(min_length=1)]
     frames: PositiveInt | None
     fps: PositiveInt | None
+    chunks: Annotated[list[PositiveInt], Field(min_length=1)] | None
     tokenizers: Annotated[list[TokenizerSettings], Field(min_length=1, max_length=3)]
     conditions: Annotated[list[Condition], Field(min_length=1)]
     decoder: Literal["full", "tiny"]
@@ -98,22 +101,30 @@ class StudentManifest(BaseModel):
         if lengths != {str(nfe): nfe for nfe in self.nfe}:
             raise ValueError(f"tables must hold K rows for every K of nfe {self.nfe}, got {lengths}")
         expected = self.file_names
-        if set(self.files) != set(expected) or set(self.precision) != set(GRAPHS):
-            raise ValueError(f"files must name exactly {', '.join(expected)} and precision {', '.join(GRAPHS)}")
+        if set(self.files) != set(expected) or set(self.precision) != set(self.graphs):
+            raise ValueError(f"files must name exactly {', '.join(expected)} and precision {', '.join(self.graphs)}")
         if len({tokenizer.file for tokenizer in self.tokenizers}) != len(self.tokenizers):
             raise ValueError("tokenizers must name different files")
         video = self.media_type == "video"
-        if (self.frames is not None, self.fps is not None) != (video, video):
-            raise ValueError(f"frames and fps go with videos alone, got {self.frames} and {self.fps} for {self.media_type}")
+        told = (self.frames, self.fps, self.chunks)
+        if [value is not None for value in told] != [video] * len(told):
+            raise ValueError(f"frames, fps and chunks go with videos alone, got {told} for {self.media_type}")
         if any(len(shape) != 3 + video for shape in self.sizes.values()):
             raise ValueError(f"sizes must have latent shapes of {3 + video} numbers for {self.media_type}s, got {self.sizes}")
+        if self.chunks and any(sum(self.chunks) != shape[0] for shape in self.sizes.values()):
+            raise ValueError(f"chunks must add up to the latent frames of sizes, got {self.chunks} and {self.sizes}")
         return self
+
+    @property
+    def graphs(self) -> tuple[GraphName, ...]:
+        """The graphs of this student: NEXT is for videos that have more than one chunk."""
+        return (*GRAPHS, NEXT) if self.chunks and len(self.chunks) > 1 else GRAPHS
 
     @property
     def file_names(self) -> tuple[str, ...]:
         """The files beside student.json that decide the pixels."""
         return (
-            *(f"{graph}.onnx" for graph in GRAPHS),
+            *(f"{graph}.onnx" for graph in self.graphs),
             *self.weight_files,
             *(tokenizer.file for tokenizer in self.tokenizers),
         )
@@ -121,7 +132,7 @@ class StudentManifest(BaseModel):
     @property
     def weight_files(self) -> tuple[str, ...]:
         """Those that hold the weights of graphs whose weights are large."""
-        return tuple(name for graph in GRAPHS if (name := weights_of(f"{graph}.onnx")) in self.files)
+        return tuple(name for graph in self.graphs if (name := weights_of(f"{graph}.onnx")) in self.files)
 
     @property
     def text_length(self) -> int:
@@ -130,8 +141,9 @@ class StudentManifest(BaseModel):
 
     def tensors(self, graph: GraphName) -> GraphTensors:
         """The tensors that a graph of this student must have."""
-        if graph == "vae_decoder":
-            return GraphTensors(("latents",), ("image",))
+        if graph in ("vae_decoder", NEXT):
+            before, after = ("state",) if graph == NEXT else (), ("next_state",) if NEXT in self.graphs else ()
+            return GraphTensors(("latents", *before), ("image", *after))
         if graph == "student_step":
             counted = ("nfe",) if self.k_conditioning else ()
             told = ("latents", "x0_prev", "timestep", "coefficients", *counted, *self.conditions)

@@ -23,7 +23,8 @@ INPUTS = {
 
 
 def triton_config(manifest: StudentManifest) -> str:
-    """The text of config.pbtxt: one request is one image, answered on a stream whose last response holds the pixels.
+    """The text of config.pbtxt: one request is one image or video, answered on a stream whose last response holds
+    the pixels.
 
     previews: bit i set means that x0 is shown after NFE i + 1; timeout_ms: 0 for no deadline.
 
@@ -51,6 +52,8 @@ def student_parameters(manifest: StudentManifest) -> dict[str, str]:
         "nfe": json.dumps(manifest.nfe),
         "default_nfe": json.dumps(manifest.default_nfe),
         "sizes": json.dumps(manifest.sizes),
+        "frames": json.dumps(manifest.frames),
+        "fps": json.dumps(manifest.fps),
         "text_length": json.dumps(manifest.text_length),
         "max_prompt_characters": json.dumps(manifest.max_prompt_characters),
         "manifest_sha256": manifest.digest(),

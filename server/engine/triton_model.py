@@ -1,4 +1,4 @@
-"""The scheduler inside Triton's Python backend: one Triton request is one image, answered on a decoupled stream.
+"""The scheduler inside Triton's Python backend: one Triton request is one image or video, answered on a decoupled stream.
 
 Only this file and triton_metrics.py import triton_python_backend_utils, which exists inside Triton's stub process alone.
 """
@@ -92,6 +92,9 @@ class TritonSink:
                 self.known_cancelled = bool(self.sender.is_cancelled())
             self.asked, self.asking = time.monotonic(), False
 
+    def stepped(self, step: int) -> None:
+        self.send(lambda: pb.InferenceResponse(output_tensors=[report_tensor({"step": step})]))
+
     def preview(self, step: int, image: Pixels) -> None:
         self.send(lambda: image_response(image, {"preview": step}))
 
@@ -133,6 +136,7 @@ def read_request(request: Any) -> tuple[Request, float | None]:
         nfe=int(values["nfe"]),
         size=values["size"].decode(),
         previews=tuple(bit + 1 for bit in range(32) if int(values["previews"]) >> bit & 1),
+        tells_steps=bool(parameters.get("tells_steps")),
         probe=bool(parameters.get("probe")),
         who=str(parameters.get("who", "")),
     )
@@ -149,9 +153,13 @@ def determinism() -> Determinism:
 
 
 def image_response(image: Pixels, report: dict[str, Any]) -> Any:
-    """image uint8 [H, W, 3] and a report in JSON."""
-    text = np.array([json.dumps(report).encode()], np.object_)
-    return pb.InferenceResponse(output_tensors=[pb.Tensor("image", image), pb.Tensor("report", text)])
+    """image uint8 [H, W, 3], of a video [F, H, W, 3], and a report."""
+    return pb.InferenceResponse(output_tensors=[pb.Tensor("image", image), report_tensor(report)])
+
+
+def report_tensor(report: dict[str, Any]) -> Any:
+    """What a response says, as JSON."""
+    return pb.Tensor("report", np.array([json.dumps(report).encode()], np.object_))
 
 
 def check_config(config: dict[str, Any], digest: str) -> None:

@@ -7,16 +7,32 @@ of its batch; what is admitted and not yet done is the backlog.
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
-from server.gateway.backend import BackendImage
+from server.gateway.backend import Generated, StudentCard
 from server.gateway.errors import ApiError
-from server.gateway.plan import Plan
 
 LEARNING_RATE = 0.1
+NOTHING: Mapping[str, int] = {}
 UNKNOWN_SECONDS = 0.02  # of an NFE, and of the rest, before the first image of a size
+
+
+class Wanted(Protocol):
+    """What a plan says of the work it asks for. who: the prefix of a key; deadline on the clock of time.monotonic."""
+
+    @property
+    def who(self) -> str: ...
+    @property
+    def student(self) -> StudentCard: ...
+    @property
+    def size(self) -> str: ...
+    @property
+    def nfe(self) -> int: ...
+    @property
+    def deadline(self) -> float: ...
 
 
 @dataclass
@@ -47,18 +63,22 @@ class Admission:
         self.total = 0
 
     @contextmanager
-    def admitted(self, plan: Plan, images: int) -> Iterator[None]:
-        """Holds room for so many images of a plan. Raises ApiError 429 or 503 at once when there is none."""
+    def admitted(self, plan: Wanted, images: int, besides: Mapping[str, int] = NOTHING) -> Iterator[None]:
+        """Holds room for so many images of a plan. besides: work that waits elsewhere, nanoseconds by key. Raises ApiError 429
+        or 503 at once when there is none."""
         if not images:
             yield
             return
-        ticket = Ticket(plan.who, round(self.predict(plan, images) * 1e9), plan.deadline)
-        self.check(ticket)
+        ticket = self.ticket(plan, images)
+        self.check(ticket, besides)
         self.take(ticket)
         try:
             yield
         finally:
             self.give_back(ticket)
+
+    def ticket(self, plan: Wanted, images: int) -> Ticket:
+        return Ticket(plan.who, round(self.predict(plan, images) * 1e9), plan.deadline)
 
     def take(self, ticket: Ticket) -> None:
         self.tickets.add(ticket)
@@ -77,12 +97,12 @@ class Admission:
         cheapest = min((cost.nfe + cost.image for cost in self.costs.values()), default=0.0)
         self.check(Ticket(who, round(cheapest * 1e9), math.inf))
 
-    def predict(self, plan: Plan, images: int) -> float:
+    def predict(self, plan: Wanted, images: int) -> float:
         """Seconds of the device."""
         cost = self.costs[plan.student.name, plan.size]
         return images * (plan.nfe * cost.nfe + cost.image)
 
-    def learn(self, plan: Plan, image: BackendImage) -> None:
+    def learn(self, plan: Wanted, image: Generated) -> None:
         """Moves the costs towards what an image took, its share of each batch."""
         cost = self.costs[plan.student.name, plan.size]
         shares = [(span.stage, span.nanoseconds / span.batch / 1e9) for span in image.spans]
@@ -91,9 +111,10 @@ class Admission:
         cost.nfe += LEARNING_RATE * (sum(steps) / len(steps) - cost.nfe)
         cost.image += LEARNING_RATE * (rest - cost.image)
 
-    def check(self, ticket: Ticket) -> None:
+    def check(self, ticket: Ticket, besides: Mapping[str, int] = NOTHING) -> None:
         """Work that is alone is always taken in, however long it is. Raises ApiError."""
-        seconds, backlog, own = ticket.nanoseconds / 1e9, self.total / 1e9, self.backlog[ticket.who] / 1e9
+        seconds, backlog = ticket.nanoseconds / 1e9, (self.total + sum(besides.values())) / 1e9
+        own = (self.backlog[ticket.who] + besides.get(ticket.who, 0)) / 1e9
         share = self.key_share * self.limit_seconds
         if self.key_share < 1 and own and own + seconds > share:
             said = f"this key has {own:.1f} s of work waiting and may have {share:.1f} s"

@@ -5,7 +5,7 @@ import time
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from server.gateway import files, routes_images, routes_metrics, routes_models, routes_playground
+from server.gateway import files, routes_images, routes_metrics, routes_models, routes_playground, routes_videos
 from server.gateway.admission import Admission
 from server.gateway.auth import Auth
 from server.gateway.backend import Backend
@@ -22,21 +22,28 @@ from server.gateway.result_files import ResultFiles
 from server.gateway.results import Results
 from server.gateway.settings import Settings
 from server.gateway.shedding import Shedding
+from server.gateway.video_content import Contents
+from server.gateway.video_jobs import VideoJobs
 
 
 def create_app(backend: Backend, settings: Settings) -> FastAPI:
-    """Routes, errors and keys; starting and stopping `backend` is the caller's affair (see serve.py). Raises KeysError."""
-    app = FastAPI(title="fewstep", description="Few-step diffusion students over OpenAI's image API.", redirect_slashes=False)
+    """Routes, errors and keys; starting and stopping `backend` and then app.state.videos is the caller's affair (see serve.py).
+    Raises KeysError."""
+    app = FastAPI(
+        title="fewstep", description="Few-step diffusion students over OpenAI's image and video API.", redirect_slashes=False
+    )
     app.state.backend = backend
     app.state.settings = settings
     app.state.pipeline = open_pipeline(backend, settings)
     app.state.keys = KeyStore(settings.keys_file) if settings.keys_file else None
     app.state.files = files.open_files(settings)
+    app.state.videos, app.state.contents = VideoJobs(backend, settings), Contents()
     app.state.created = int(time.time())
     app.state.metrics, app.state.tracing = Metrics(), None
     app.state.readiness, app.state.drain = Readiness(backend), Drain()
     install_error_handlers(app)
     app.include_router(routes_images.router)
+    app.include_router(routes_videos.router)
     app.include_router(routes_models.router)
     app.include_router(files.router)
     app.include_router(routes_playground.router)

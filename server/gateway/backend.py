@@ -50,10 +50,10 @@ class BackendFault(BackendError):
 
 
 @dataclass(frozen=True)
-class ImageRequest:
-    """One image of one request to one student. seed: 0..2^64-1; size: "WxH"; previews: after which NFEs (1 .. nfe - 1) the
-    x0 prediction is shown; timeout_ms: how long it may take, None for as long as the backend allows; probe: our own question
-    whether a student works, counted nowhere; who: the key that asks; keys share the device evenly."""
+class GenerationRequest:
+    """One image or video of one request to one student. seed: 0..2^64-1; size: "WxH"; previews: after which NFEs
+    (1 .. nfe - 1) the x0 prediction is shown; timeout_ms: how long it may take, None for as long as the backend allows; probe:
+    our own question whether a student works, counted nowhere; who: the key that asks; keys share the device evenly."""
 
     student: str
     prompt: str
@@ -78,8 +78,9 @@ class Span:
 
 
 @dataclass(frozen=True)
-class BackendImage:
-    """image uint8 [H, W, 3]; spans in the order they ran; round_trip is the whole call as the gateway saw it."""
+class Generated:
+    """image uint8 [H, W, 3], of a video [F, H, W, 3]; spans in the order they ran; round_trip is the whole call as the gateway
+    saw it."""
 
     image: npt.NDArray[np.uint8]
     spans: tuple[Span, ...]
@@ -90,16 +91,18 @@ class BackendImage:
 
     @property
     def nanoseconds(self) -> dict[str, int]:
-        """By stage: text_encoder, noise, nfe1 .., vae_decoder; previews are work beside the image."""
+        """By stage: text_encoder, noise, nfe1 .., vae_decoder; previews are work beside it."""
         return {span.stage: span.nanoseconds for span in self.spans if span.stage != "preview"}
 
 
 OnPreview = Callable[[int, npt.NDArray[np.uint8]], None]
+OnStep = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class StudentCard:
-    """What a backend says about a student. sizes: "WxH" -> latent shape [C, h, w], the first is the default."""
+    """What a backend says about a student. sizes: "WxH" -> latent shape, [C, h, w] of images and [F, C, h, w] of videos, the
+    first is the default; frames, fps: of a video in pixels, None for images."""
 
     name: str
     media_type: str
@@ -108,6 +111,8 @@ class StudentCard:
     nfe: tuple[int, ...]
     default_nfe: int
     sizes: dict[str, list[int]]
+    frames: int | None
+    fps: int | None
     text_length: int
     max_prompt_characters: int
     manifest_sha256: str
@@ -125,12 +130,12 @@ class StudentCard:
     def default_size(self) -> str:
         return next(iter(self.sizes))
 
-    def warm_up(self) -> ImageRequest:
+    def warm_up(self) -> GenerationRequest:
         """The cheapest request that runs all three graphs."""
-        return ImageRequest(self.name, WARM_UP_PROMPT, 0, 0, self.nfe[0], self.default_size, probe=True)
+        return GenerationRequest(self.name, WARM_UP_PROMPT, 0, 0, self.nfe[0], self.default_size, probe=True)
 
-    def warmed_up(self, made: BackendImage) -> "StudentCard":
-        """The card with what the warm-up image has told."""
+    def warmed_up(self, made: Generated) -> "StudentCard":
+        """The card with what the warm-up has told."""
         return replace(self, fingerprint=made.fingerprint, fingerprint_parts=made.fingerprint_parts)
 
 
@@ -140,18 +145,28 @@ class Backend(Protocol):
     students: dict[str, StudentCard]
 
     async def start(self) -> None:
-        """Returns once every student has made a warm-up image. Raises BackendFailed."""
+        """Returns once every student has made a warm-up image or video. Raises BackendFailed."""
         ...
 
-    async def generate(self, request: ImageRequest, on_preview: OnPreview | None = None) -> BackendImage:
-        """One image; on_preview hears (NFE, uint8 [H, W, 3]) of each preview that was asked for, in order, before it.
+    async def generate(
+        self, request: GenerationRequest, on_preview: OnPreview | None = None, on_step: OnStep | None = None
+    ) -> Generated:
+        """One image or video.
+
+        on_preview: hears (NFE, uint8 [H, W, 3]) of each preview that was asked for, of a video [f, H, W, 3] with those of its
+        first frames that are decoded at once, in order, before it. on_step: hears 1 .. nfe, each as soon as that NFE
+        is executed; nothing is decoded for it.
 
         Cancelling the task stops the work within one NFE. Raises an EngineError or a BackendError.
         """
         ...
 
+    def processes(self) -> list[int]:
+        """The ids of the processes that run students now."""
+        ...
+
     async def ready(self) -> bool:
-        """Whether every student can make an image now; asks the students themselves."""
+        """Whether every student can make something now; asks the students themselves."""
         ...
 
     async def scrape(self) -> str:

@@ -16,22 +16,40 @@ BODY_SECONDS = 30.0  # that a caller may take to send it
 
 async def read_json(request: Request, schema: type[Schema]) -> Schema:
     """The body as `schema`. Raises ApiError 400, 408, 415, or 499 where the caller leaves before its end."""
-    kind = request.headers.get("content-type", "").partition(";")[0]
-    if kind.strip().lower() != "application/json":
+    kind = kind_of(request)
+    if kind != "application/json":
         raise ApiError(415, f"Content-Type must be application/json, got {show(kind)}", code="unsupported_media_type")
+    return checked(schema, parse(await read_body(request)))
+
+
+def kind_of(request: Request) -> str:
+    """The type of the body, without its parameters. Raises ApiError 400 where two are named: others might read the other."""
+    named = request.headers.getlist("content-type")
+    if len(named) > 1:
+        raise invalid(f"Content-Type is given {len(named)} times", "content-type", "malformed_body")
+    return "".join(named).partition(";")[0].strip().lower()
+
+
+async def read_body(request: Request) -> bytes:
+    """All of it, as it was sent. Raises ApiError 408, 415 or 499."""
     if request.headers.get("content-encoding", "identity") != "identity":
         raise ApiError(415, "Content-Encoding must be absent", code="unsupported_media_type")
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            body = await request.body()
-        return schema.model_validate(parse(body))
+            return await request.body()
     except TimeoutError:
         said = f"the body did not come within {BODY_SECONDS:g} s"
         raise ApiError(408, said, code="body_timeout", headers={"Connection": "close"}) from None
-    except ValidationError as error:
-        raise from_validation(error) from None
     except ClientDisconnect:
         raise ApiError(499, "the caller closed the connection in the middle of the body", code="cancelled") from None
+
+
+def checked(schema: type[Schema], value: Any) -> Schema:
+    """Raises ApiError 400 that names the field."""
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        raise from_validation(error) from None
 
 
 def parse(body: bytes) -> Any:

@@ -20,6 +20,7 @@ from server.gateway.backend import (
     ShuttingDown,
 )
 from server.gateway.record import current
+from server.jobs.errors import IdempotencyConflict, JobsError, NoSuchFile, NoSuchJob, StoreUnavailable, Unavailable
 
 logger = logging.getLogger("fewstep")
 
@@ -95,6 +96,24 @@ def from_backend(error: Exception) -> ApiError:
         return ApiError(503, str(error), code="shutting_down", headers={"Retry-After": "2"})
     if isinstance(error, BackendTimeout | DeadlineExceeded):
         return ApiError(504, str(error), code="deadline_exceeded")
+    return from_jobs(error) if isinstance(error, JobsError) else internal_error()
+
+
+def from_jobs(error: JobsError) -> ApiError:
+    """What the store of jobs or their files raised; messages of what is unavailable tell where it lies, and stay in the log."""
+    if isinstance(error, Unavailable):
+        part = "database of jobs" if isinstance(error, StoreUnavailable) else "storage of videos"
+        logger.warning("%s: %s", type(error).__name__, error)
+        said = f"the {part} is not available now; nothing was changed, try again in {error.retry_after} s"
+        code = "store_unavailable" if isinstance(error, StoreUnavailable) else "storage_unavailable"
+        return ApiError(503, said, code=code, headers={"Retry-After": str(error.retry_after)})
+    if isinstance(error, NoSuchJob):
+        return ApiError(404, "there is no such video, or it is not this key's", "video_id", "video_not_found")
+    if isinstance(error, NoSuchFile):
+        return ApiError(410, "the video is no longer kept; the same request with its seed makes it again", code="expired")
+    if isinstance(error, IdempotencyConflict):
+        said = "this Idempotency-Key was sent with another body before; use a new key for a new video"
+        return ApiError(409, said, "idempotency-key", "idempotency_conflict", {"x-should-retry": "false"})
     return internal_error()
 
 
@@ -118,7 +137,7 @@ def install_error_handlers(app: FastAPI) -> None:
     """
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(HTTPException, on_http_exception)
-    for kind in (BackendError, EngineError):
+    for kind in (BackendError, EngineError, JobsError):
         app.add_exception_handler(kind, on_backend_error)
 
 

@@ -1,6 +1,7 @@
 """Students run by the engine in this process, without Triton: the same scheduler, so the same pixels."""
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,16 @@ from server.engine.metrics import MemoryMetrics
 from server.engine.scheduler import Scheduler
 from server.engine.student import student_folders
 from server.engine.triton_config import student_parameters
-from server.gateway.backend import BackendFailed, BackendFault, BackendImage, ImageRequest, OnPreview, Span, StudentCard
+from server.gateway.backend import (
+    BackendFailed,
+    BackendFault,
+    Generated,
+    GenerationRequest,
+    OnPreview,
+    OnStep,
+    Span,
+    StudentCard,
+)
 
 
 class InProcessBackend:
@@ -28,7 +38,7 @@ class InProcessBackend:
         self.threads: list[threading.Thread] = []
 
     async def start(self) -> None:
-        """Opens every student and lets it make an image. Raises BackendFailed."""
+        """Opens every student and lets it make an image or video. Raises BackendFailed."""
         try:
             for name, folder in student_folders(self.repository).items():
                 engine = await asyncio.to_thread(Engine.open, folder, self.determinism)
@@ -42,12 +52,14 @@ class InProcessBackend:
         made = {card.name: await self.generate(card.warm_up()) for card in cards}
         self.students = {card.name: card.warmed_up(made[card.name]) for card in cards}
 
-    async def generate(self, request: ImageRequest, on_preview: OnPreview | None = None) -> BackendImage:
-        """One image; cancelling the task stops the work within one NFE."""
+    async def generate(
+        self, request: GenerationRequest, on_preview: OnPreview | None = None, on_step: OnStep | None = None
+    ) -> Generated:
+        """One image or video; cancelling the task stops the work within one NFE."""
         begin = time.perf_counter_ns()
-        answer = FutureSink(asyncio.get_running_loop(), on_preview)
+        answer = FutureSink(asyncio.get_running_loop(), on_preview, on_step)
         shared = ("prompt", "seed", "image_index", "nfe", "size", "previews", "probe", "who")
-        asked = Request(**{name: getattr(request, name) for name in shared})
+        asked = Request(**{name: getattr(request, name) for name in shared}, tells_steps=on_step is not None)
         seconds = request.timeout_ms / 1000 if request.timeout_ms else None
         try:
             await asyncio.to_thread(self.schedulers[request.student].submit, asked, answer, seconds)
@@ -58,7 +70,10 @@ class InProcessBackend:
             answer.dropped = True
         spans = tuple(Span(span.stage, span.begin, span.nanoseconds, span.batch) for span in result.spans)
         named = {name: getattr(result, name) for name in ("tokens", "fingerprint", "fingerprint_parts")}
-        return BackendImage(result.image, spans, **named, round_trip=time.perf_counter_ns() - begin)
+        return Generated(result.image, spans, **named, round_trip=time.perf_counter_ns() - begin)
+
+    def processes(self) -> list[int]:
+        return [os.getpid()]
 
     async def ready(self) -> bool:
         return bool(self.students) and all(thread.is_alive() for thread in self.threads)
@@ -81,13 +96,17 @@ class InProcessBackend:
 class FutureSink:
     """Answers become a future of the event loop; see scheduler.Sink."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_preview: OnPreview | None) -> None:
-        self.loop, self.on_preview = loop, on_preview
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_preview: OnPreview | None, on_step: OnStep | None) -> None:
+        self.loop, self.on_preview, self.on_step = loop, on_preview, on_step
         self.future: asyncio.Future[Result] = loop.create_future()
         self.dropped = False
 
     def cancelled(self) -> bool:
         return self.dropped
+
+    def stepped(self, step: int) -> None:
+        if self.on_step:
+            self.loop.call_soon_threadsafe(self.on_step, step)
 
     def preview(self, step: int, image: Pixels) -> None:
         if self.on_preview:

@@ -15,6 +15,7 @@ from server.gateway.record import Record
 
 SECONDS = tuple(2**power / 1000 for power in range(16))  # 1 ms to 33 s
 UNKNOWN = "unknown"
+JobCounts = dict[str, dict[str, int]]
 # OpenMetrics knows no counter without _total, Triton has some; without a type they keep their names.
 MISNAMED_COUNTER = re.compile(r"^(# TYPE \S+(?<!_total)) counter$", re.MULTILINE)
 
@@ -26,11 +27,14 @@ class Metrics:
         self.registry = CollectorRegistry()
         labels = ("model", "nfe", "status")
         self.requests = Counter(
-            "fewstep_requests", "Requests for images, by HTTP status or `cancelled`", labels, registry=self.registry
+            "fewstep_requests",
+            "Requests answered with images or a video, by HTTP status or `cancelled`",
+            labels,
+            registry=self.registry,
         )
         self.duration = Histogram(
             "fewstep_request_duration_seconds",
-            "From the beginning of a request that had images made, and got them, to the last byte of the answer",
+            "From the beginning of a request that had images or a video made, and got them, to the last byte of the answer",
             labels[:2],
             buckets=SECONDS,
             registry=self.registry,
@@ -38,7 +42,7 @@ class Metrics:
         self.rejected = Counter("fewstep_rejected", "Requests refused with 429 or 503", ("reason",), registry=self.registry)
 
     def count(self, record: Record, students: dict[str, StudentCard], seconds: float) -> None:
-        """One finished request for images."""
+        """One finished request for images or a video."""
         model, nfe = bounded(record, students)
         self.requests.labels(model, nfe, record.outcome).inc()
         if record.outcome == "200" and record.images:
@@ -59,16 +63,19 @@ def bounded(record: Record, students: dict[str, StudentCard]) -> tuple[str, str]
 
 
 class Families(Collector):
-    """One answer of /metrics. scraped: Prometheus text of the backend, or None when it is down."""
+    """One answer of /metrics. scraped: Prometheus text of the backend, None when it is down; jobs: as VideoJobs counts them."""
 
-    def __init__(self, metrics: Metrics, students: dict[str, StudentCard], scraped: str | None) -> None:
-        self.metrics, self.students, self.scraped = metrics, students, scraped
+    def __init__(
+        self, metrics: Metrics, students: dict[str, StudentCard], scraped: str | None, jobs: JobCounts | None = None
+    ) -> None:
+        self.metrics, self.students, self.scraped, self.jobs = metrics, students, scraped, jobs
 
     def collect(self) -> Iterator[Metric]:
         yield from map(without_created, self.metrics.registry.collect())
         up = "1 when the image backend runs, 0 when it is down or starting"
         yield GaugeMetricFamily("fewstep_backend_up", up, float(self.scraped is not None))
         yield engine_info(self.students)
+        yield from job_families(self.jobs) if self.jobs else ()
         yield from text_string_to_metric_families(MISNAMED_COUNTER.sub(r"\1 untyped", self.scraped or ""))
 
 
@@ -87,12 +94,23 @@ def engine_info(students: dict[str, StudentCard]) -> Metric:
     return family
 
 
-async def scrape(metrics: Metrics, backend: Backend, accept: str) -> tuple[bytes, str]:
+def job_families(jobs: JobCounts) -> Iterator[Metric]:
+    """How many jobs there are now. All gateways of one database say the same: take one's, not their sum."""
+    status = GaugeMetricFamily("fewstep_video_jobs", "Video jobs in the database, by status", labels=("status",))
+    for name in ("queued", "in_progress", "completed", "failed"):
+        status.add_metric((name,), jobs["status"].get(name, 0))
+    failed = GaugeMetricFamily("fewstep_video_jobs_failed", "Those that have failed, by error code", labels=("reason",))
+    for reason, count in jobs["failed"].items():
+        failed.add_metric((reason,), count)
+    yield from (status, failed)
+
+
+async def scrape(metrics: Metrics, backend: Backend, accept: str, jobs: JobCounts | None = None) -> tuple[bytes, str]:
     """The answer of /metrics and its content type; a backend that is down takes only its own numbers away."""
     try:
         scraped = await backend.scrape()
     except BackendUnavailable:
         scraped = None
     encoder, content_type = choose_encoder(accept)
-    families = Families(metrics, backend.students, scraped)
+    families = Families(metrics, backend.students, scraped, jobs)
     return await asyncio.to_thread(encoder, families), content_type  # milliseconds that the event loop has not to spare

@@ -13,7 +13,8 @@ from server.gateway.traceparent import traceparent
 
 logger = logging.getLogger("fewstep.request")
 
-GENERATIONS = ("/v1/images/generations",)
+IMAGES = "/v1/images/generations"
+GENERATIONS = (IMAGES, "/v1/videos/sync")  # a job is not made while its request is served
 PROBES = ("/livez", "/readyz", "/health", "/metrics")  # asked all day by machines: their successes are no news
 
 
@@ -98,7 +99,7 @@ def level(scope: Scope, record: Record) -> int:
 
 
 def is_generation(scope: Scope) -> bool:
-    """Whether a request asks for images; known before any route has seen it, so that early refusals count as well."""
+    """Whether a request waits for images or a video; known before any route has seen it, so that early refusals count too."""
     return scope["method"] == "POST" and scope["path"] in GENERATIONS
 
 

@@ -10,9 +10,11 @@ from pydantic.json_schema import models_json_schema
 from server.gateway.auth import OPEN
 from server.gateway.backend import Backend, StudentCard
 from server.gateway.responses import ERRORS, EVENTS, described
-from server.gateway.schemas import ImageGeneration
+from server.gateway.schemas import Generation, ImageGeneration, VideoGeneration
+from server.gateway.video_plan import duration
+from server.gateway.video_responses import VIDEO_EVENTS
 
-IMAGES_PATH = "/v1/images/generations"
+IMAGES_PATH, VIDEOS_PATH, SYNC_PATH = "/v1/images/generations", "/v1/videos", "/v1/videos/sync"
 EVERY_ANSWER = {"x-request-id": "the caller's own, or one that was made up; it is in the log"}
 WAIT = {"Retry-After": "seconds"}
 CHALLENGE = {"WWW-Authenticate": "RFC 6750"}
@@ -26,13 +28,23 @@ EXAMPLES = {
         "value": {"prompt": "a red circle", "quality": "low", "output_format": "webp"},
     },
 }
+VIDEO_EXAMPLES = {
+    "seeded": {"summary": "The same video whenever it is asked for", "value": {"prompt": "a red circle moves left", "seed": 7}},
+}
+TIMEOUT = {
+    "name": "X-Request-Timeout-Ms",
+    "in": "header",
+    "description": "how long the caller waits; past that, 504. The server's own limit is the default and the most",
+    "schema": {"type": "integer", "minimum": 1, "maximum": 10**15 - 1},
+}
+IDEMPOTENCY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "the same key and body give the same video, however often they are sent",
+    "schema": {"type": "string", "pattern": "^[ -~]{1,255}$"},
+}
 PARAMETERS = [
-    {
-        "name": "X-Request-Timeout-Ms",
-        "in": "header",
-        "description": "how long the caller waits; past that, 504. The server's own limit is the default and the most",
-        "schema": {"type": "integer", "minimum": 1, "maximum": 10**15 - 1},
-    },
+    TIMEOUT,
     {
         "name": "Cache-Control",
         "in": "header",
@@ -77,14 +89,30 @@ def describe(app: FastAPI, students: list[StudentCard]) -> dict[str, Any]:
     for unused in ("HTTPValidationError", "ValidationError"):
         document["components"]["schemas"].pop(unused, None)
     document["components"]["schemas"] |= schemas_of_events()
-    images = document["paths"][IMAGES_PATH]["post"]
-    images["parameters"] = PARAMETERS
-    body = images["requestBody"]["content"]["application/json"]
-    body["examples"] = EXAMPLES
-    body["schema"] = ImageGeneration.model_json_schema()  # once more: FastAPI writes limits as floats, and 2^64 - 1 is none
-    for name, limits in legal_values(students).items():
-        body["schema"]["properties"][name] = narrowed(body["schema"]["properties"][name], limits)
+    images, videos = ([card for card in students if card.media_type == kind] for kind in ("image", "video"))
+    describe_generation(document, IMAGES_PATH, PARAMETERS, EXAMPLES, ImageGeneration, legal_images(images))
+    describe_generation(document, VIDEOS_PATH, [IDEMPOTENCY], VIDEO_EXAMPLES, VideoGeneration, legal_videos(videos))
+    no_previews = legal_videos(videos) | {"partial_images": {"enum": [0]}}
+    describe_generation(document, SYNC_PATH, [TIMEOUT], VIDEO_EXAMPLES, VideoGeneration, no_previews)
     return document
+
+
+def describe_generation(
+    document: dict[str, Any],
+    path: str,
+    parameters: list[dict[str, Any]],
+    examples: dict[str, Any],
+    schema: type[Generation],
+    legal: dict[str, dict[str, Any]],
+) -> None:
+    """One route that makes something: its headers, examples, and what is legal in its body, of whichever type that is."""
+    operation = document["paths"][path]["post"]
+    operation["parameters"] = parameters
+    for body in operation["requestBody"]["content"].values():
+        body["examples"] = examples
+        body["schema"] = schema.model_json_schema()  # once more: FastAPI writes limits as floats, and 2^64 - 1 is none
+        for name, limits in legal.items():
+            body["schema"]["properties"][name] = narrowed(body["schema"]["properties"][name], limits)
 
 
 def ask_for_keys(document: dict[str, Any]) -> None:
@@ -102,7 +130,8 @@ def ask_for_keys(document: dict[str, Any]) -> None:
 
 def schemas_of_events() -> dict[str, Any]:
     """What `text/event-stream` refers to; FastAPI knows the models of JSON answers alone."""
-    _, schemas = models_json_schema([(event, "serialization") for event in EVENTS], ref_template="#/components/schemas/{model}")
+    events = [(event, "serialization") for event in dict.fromkeys((*EVENTS, *VIDEO_EVENTS))]
+    _, schemas = models_json_schema(events, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     found: dict[str, Any] = schemas["$defs"]
     return found
 
@@ -111,12 +140,7 @@ def legal_values(students: list[StudentCard]) -> dict[str, dict[str, Any]]:
     """Field -> JSON Schema of what is accepted; of several students, what one of them accepts."""
     ladder = sorted({nfe for student in students for nfe in student.nfe})
     sizes = list(dict.fromkeys(size for student in students for size in student.sizes))
-    limits: dict[str, dict[str, Any]] = {
-        "background": {"enum": ["auto", "opaque"]},
-        "style": {"enum": ["", "natural"]},
-        "negative_prompt": {"enum": [""]},
-        "guidance_scale": {"enum": [1]},
-    }
+    limits: dict[str, dict[str, Any]] = {"negative_prompt": {"enum": [""]}, "guidance_scale": {"enum": [1]}}
     if not students:
         return limits
     return limits | {
@@ -126,6 +150,21 @@ def legal_values(students: list[StudentCard]) -> dict[str, dict[str, Any]]:
         "steps": {"enum": ladder},
         "size": {"enum": [*sizes, "auto"]},
     }
+
+
+def legal_images(students: list[StudentCard]) -> dict[str, dict[str, Any]]:
+    """What is more of images."""
+    return legal_values(students) | {"background": {"enum": ["auto", "opaque"]}, "style": {"enum": ["", "natural"]}}
+
+
+def legal_videos(students: list[StudentCard]) -> dict[str, dict[str, Any]]:
+    """What is more of videos."""
+    lengths = dict.fromkeys(value for student in students for value in (duration(student), float(duration(student))))
+    told = {"seconds": {"enum": list(lengths)}} if students else {}
+    for name, given in (("fps", "fps"), ("num_frames", "frames")):
+        if students:
+            told[name] = {"enum": sorted({getattr(student, given) for student in students})}
+    return legal_values(students) | told
 
 
 def narrowed(described: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:

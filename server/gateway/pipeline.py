@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from server.gateway.admission import Admission
-from server.gateway.backend import Backend, BackendImage, OnPreview
+from server.gateway.backend import Backend, Generated, OnPreview
 from server.gateway.lanes import Lanes
 from server.gateway.made import Made
 from server.gateway.media import Encoded, beside, encode_now
@@ -82,7 +82,7 @@ async def waited(work: Awaitable[Made]) -> Made:
     return await work
 
 
-def finish(plan: Plan, image_index: int, image: BackendImage) -> Made:
+def finish(plan: Plan, image_index: int, image: Generated) -> Made:
     """Hashes, describes and encodes; what that takes is image_encode."""
     begin = time.perf_counter_ns()
     digest = pixel_sha256(image.image)

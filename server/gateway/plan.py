@@ -6,14 +6,17 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, TypeVar
 
-from server.gateway.backend import ImageRequest, StudentCard
+from server.gateway.backend import GenerationRequest, StudentCard
 from server.gateway.errors import ApiError, invalid, show, show_unless_prompt
-from server.gateway.schemas import NFE_BY_QUALITY, Format, ImageGeneration
+from server.gateway.schemas import NFE_BY_QUALITY, Format, Generation, ImageGeneration
 
 RAW_FORMATS: dict[str, Format] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 BEST = 100  # the default of output_compression, as with OpenAI
 TIMEOUT_HEADER = "x-request-timeout-ms"
+MediaType = Literal["image", "video"]
+Kind = TypeVar("Kind")
 QUALITY_BY_NFE = {nfe: quality for quality, nfe in NFE_BY_QUALITY.items()}
 
 
@@ -45,10 +48,12 @@ class Plan:
     def quality(self) -> str:
         return QUALITY_BY_NFE.get(self.nfe, "auto")
 
-    def image(self, image_index: int) -> ImageRequest:
+    def image(self, image_index: int) -> GenerationRequest:
         """What the backend is asked for one image."""
         student, size, left = self.student.name, self.size, max(round((self.deadline - time.monotonic()) * 1000), 1)
-        return ImageRequest(student, self.prompt, self.seed, image_index, self.nfe, size, self.previews, left, who=self.who)
+        return GenerationRequest(
+            student, self.prompt, self.seed, image_index, self.nfe, size, self.previews, left, who=self.who
+        )
 
     def key(self, image_index: int) -> str:
         """Of all that decides the file of an image: a sha256, so that it tells nobody the prompt."""
@@ -77,8 +82,8 @@ def make_plan(
 ) -> Plan:
     """headers: by lower-case name. Raises ApiError 400, or 404 for an unknown model."""
     refuse_unsupported(asked)
-    student = find_student(asked.model, students)
-    raw_format = wanted_raw(headers.get("accept", ""))
+    student = find_student(asked.model, students, "image")
+    raw_format = preferred(headers.get("accept", ""), RAW_FORMATS)
     nfe = legal_nfe(asked, student)
     count, first = asked.n or 1, asked.image_index or 0
     if raw_format and count > 1:
@@ -107,39 +112,48 @@ def make_plan(
 
 
 def refuse_unsupported(asked: ImageGeneration) -> None:
-    """What would change the answer and is not done is refused, never ignored."""
-    refusals = {
-        "background": (asked.background == "transparent", "transparent is not supported; only opaque"),
-        "style": (asked.style not in (None, "", "natural"), "only natural is supported"),
-        "negative_prompt": (asked.negative_prompt, "is not supported by a distilled student; leave it empty"),
-        "guidance_scale": (asked.guidance_scale not in (None, 1), "a distilled student takes no guidance; only 1 is legal"),
-    }
-    for param, (refused, said) in refusals.items():
-        if refused:
-            got = show_unless_prompt(param, getattr(asked, param))
-            raise invalid(f"{param}: {said}, got {got}", param, "unsupported_value")
+    """What would change the image and is not done is refused, never ignored."""
+    refuse_guidance(asked)
+    if asked.background == "transparent":
+        raise unsupported(asked, "background", "transparent is not supported; only opaque")
+    if asked.style not in (None, "", "natural"):
+        raise unsupported(asked, "style", "only natural is supported")
 
 
-def find_student(name: str | None, students: dict[str, StudentCard]) -> StudentCard:
-    """The named student, or the first that makes images.
+def refuse_guidance(asked: Generation) -> None:
+    """Raises ApiError 400 for what no distilled student does."""
+    if asked.negative_prompt:
+        raise unsupported(asked, "negative_prompt", "is not supported by a distilled student; leave it empty")
+    if asked.guidance_scale not in (None, 1):
+        raise unsupported(asked, "guidance_scale", "a distilled student takes no guidance; only 1 is legal")
 
-    Raises ApiError 404; 400 for a student that makes videos; 503 before the backend has said what it serves.
+
+def unsupported(asked: Generation, param: str, said: str) -> ApiError:
+    got = show_unless_prompt(param, getattr(asked, param))
+    return invalid(f"{param}: {said}, got {got}", param, "unsupported_value")
+
+
+def find_student(name: str | None, students: dict[str, StudentCard], media_type: MediaType | None = None) -> StudentCard:
+    """The named student, or the first that makes what is wanted; media_type None: of any kind, images first.
+
+    Raises ApiError 404; 400 for a student of the other kind; 503 before the backend has said what it serves.
     """
     if not students:
         raise ApiError(503, "the server is starting; try again", code="starting", headers={"Retry-After": "2"})
-    images = [student for student in students.values() if student.media_type == "image"]
-    if name is None and images:
-        return images[0]
-    if name is None or name not in students:
+    able = [student for student in students.values() if media_type in (None, student.media_type)]
+    able.sort(key=lambda student: student.media_type != "image")
+    if name is None and able:
+        return able[0]
+    if name is not None and name not in students:
         raise ApiError(404, f"model {show(name)} is not served, only {', '.join(students)}", "model", "model_not_found")
-    if students[name] not in images:
-        raise invalid(f"model {show(name)} makes videos, which this route does not; it serves {names_of(images)}", "model")
+    if not able:
+        said = f"no student that makes {media_type}s is served here, only {', '.join(students)}"
+        raise ApiError(404, said, "model", "model_not_found")
+    assert name is not None
+    if students[name] not in able:
+        served = ", ".join(student.name for student in able)
+        raise invalid(f"model {show(name)} makes no {media_type}s; those that do are {served}", "model")
     return students[name]
-
-
-def names_of(students: list[StudentCard]) -> str:
-    """Their names, or that there is none."""
-    return ", ".join(student.name for student in students) or "no other student"
 
 
 def legal_prompt(prompt: str, student: StudentCard) -> str:
@@ -150,7 +164,7 @@ def legal_prompt(prompt: str, student: StudentCard) -> str:
     return prompt
 
 
-def legal_nfe(asked: ImageGeneration, student: StudentCard) -> int:
+def legal_nfe(asked: Generation, student: StudentCard) -> int:
     """NFE is a contract: a rung of the student's ladder, or a 400 that names the ladder."""
     nfe = student.default_nfe if asked.asked_nfe is None else asked.asked_nfe
     if nfe not in student.nfe:
@@ -211,12 +225,12 @@ def legal_timeout(given: str | None, longest_ms: int) -> int:
     return min(int(given), longest_ms)
 
 
-def wanted_raw(accept: str) -> Format | None:
-    """The format of the first image type that an Accept header names before application/json or a wildcard."""
+def preferred(accept: str, kinds: Mapping[str, Kind]) -> Kind | None:
+    """What stands for the first type that an Accept header names before application/json or a wildcard."""
     for part in accept.split(","):
         kind = part.partition(";")[0].strip().lower()
-        if kind in RAW_FORMATS:
-            return RAW_FORMATS[kind]
+        if kind in kinds:
+            return kinds[kind]
         if kind in ("application/json", "*/*"):
             return None
     return None

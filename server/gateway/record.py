@@ -4,7 +4,7 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from server.gateway.backend import BackendImage, Span
+from server.gateway.backend import Generated, Span
 from server.gateway.media import Encoded
 
 
@@ -27,7 +27,7 @@ class Record:
         """What will be run, once it is known to be legal."""
         self.model, self.nfe, self.seed = model, nfe, seed
 
-    def made(self, image_index: int, image: BackendImage) -> None:
+    def made(self, image_index: int, image: Generated) -> None:
         """An image the backend has made for this request. Queue: the part of its round trip that is no stage, in the
         slowest image; waiting and the hop to the backend."""
         self.images[image_index] = image.spans

@@ -14,5 +14,6 @@ FORMATS = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "appl
 async def metrics(request: Request) -> Response:
     """Prometheus text, or OpenMetrics when the Accept header asks for it."""
     state = request.app.state
-    content, content_type = await scrape(state.metrics, state.backend, request.headers.get("accept", ""))
+    accept, jobs = request.headers.get("accept", ""), await state.videos.counts()
+    content, content_type = await scrape(state.metrics, state.backend, accept, jobs)
     return Response(content, headers={"Content-Type": content_type})

@@ -14,6 +14,7 @@ from server.gateway.drain import DrainingServer
 from server.gateway.http11 import Http11
 from server.gateway.logs import configure_logging
 from server.gateway.settings import Settings
+from server.gateway.video_jobs import VideoJobs
 
 READY = """fewstep serves {students} on {url}  (backend: {backend}); try
   curl -s {url}/v1/images/generations -H 'Content-Type: application/json' -H 'Accept: image/png'{key} \\
@@ -65,7 +66,7 @@ async def serve_on(listener: socket.socket, backend: Backend, settings: Settings
     config = uvicorn.Config(app, http=Http11, log_config=None, access_log=False, lifespan="off", proxy_headers=False)
     server = DrainingServer(config, app.state.drain, settings.grace_seconds, backend.kill)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
-    starting = asyncio.create_task(backend.start())
+    starting = asyncio.create_task(start(backend, app.state.videos))
     try:
         await asyncio.wait([serving, starting], return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
@@ -79,9 +80,16 @@ async def serve_on(listener: socket.socket, backend: Backend, settings: Settings
         await end(starting)
         server.should_exit = True
         await end(serving, cancel=False)
+        await app.state.videos.stop()
         await backend.stop()
         if tracing:
             await asyncio.to_thread(tracing.close)
+
+
+async def start(backend: Backend, videos: VideoJobs) -> None:
+    """Raises BackendFailed, or ValueError where jobs cannot be kept as the settings say."""
+    await backend.start()
+    await videos.start()
 
 
 def open_tracing(endpoint: str | None) -> Any:

@@ -3,12 +3,13 @@
 import ipaddress
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, StringConstraints, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, StringConstraints, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "FEWSTEP_"
@@ -19,9 +20,19 @@ OPENTELEMETRY_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 DEFAULT_FILE = Path("fewstep.toml")
 REPOSITORY = Path(__file__).resolve().parents[2] / "model_repository"
 
+
+def known_database(url: SecretStr) -> SecretStr:
+    """Raises ValueError for what is neither a SQLite file nor PostgreSQL."""
+    if not re.match(r"sqlite:///.|postgresql(\+psycopg)?://.", url.get_secret_value()):
+        raise ValueError("legal are sqlite:///FILE and postgresql://USER:PASSWORD@HOST/DATABASE")
+    return url
+
+
 Secret = Annotated[SecretStr, Field(min_length=16)]
 BackendName = Literal["triton", "inprocess"]
 Url = Annotated[str, StringConstraints(pattern=r"^https?://[^\s]+$")]
+DatabaseUrl = Annotated[SecretStr, AfterValidator(known_database)]  # it may hold a password
+Bucket = Annotated[str, StringConstraints(pattern=r"^s3://[a-z0-9][a-z0-9.-]+(/[^\s]*)?$")]
 Origin = Annotated[str, StringConstraints(pattern=r"^(\*|https?://[^\s/]+)$")]
 
 
@@ -88,6 +99,17 @@ class Settings(BaseSettings):
     result_cache_mb: int = Field(256, ge=1, description="results kept in memory, MB")
     result_cache_disk_mb: int = Field(0, ge=0, description="results kept in result_cache_folder, MB; 0 for none")
     result_cache_folder: Path | None = Field(None, description="folder of results on disk")
+    jobs_folder: Path = Field(
+        Path("fewstep-jobs"), description="folder of video jobs: their database and files, where no others are named"
+    )
+    jobs_url: DatabaseUrl | None = Field(
+        None, description="database of video jobs, sqlite:///FILE or postgresql://...; unset: SQLite in jobs_folder"
+    )
+    jobs_storage: Bucket | None = Field(None, description="finished videos, s3://BUCKET/PREFIX; unset: in jobs_folder")
+    video_workers: int = Field(1, ge=0, le=64, description="videos made at once by this process; 0: it only takes jobs in")
+    video_attempts: int = Field(3, ge=1, le=10, description="attempts of a job whose worker dies")
+    video_ttl_seconds: int = Field(86_400, ge=1, le=31_536_000, description="seconds for which a finished video is kept")
+    max_video_queue_seconds: float = Field(3600.0, gt=0, le=604_800, description="seconds of predicted videos that may wait")
     otlp_endpoint: Url | None = Field(None, description=f"where traces go; ${OPENTELEMETRY_VARIABLE} is honoured too")
     log_format: Literal["json", "text"] = Field("json", description="one line per request: json or text")
 
@@ -187,7 +209,7 @@ def complaint(error: Any, origins: Mapping[str, str]) -> str:
 
 
 def secret(name: str) -> bool:
-    return Secret in get_args(Settings.model_fields[name].annotation)
+    return "SecretStr" in str(Settings.model_fields[name].annotation)
 
 
 def as_toml(settings: Settings, origins: Mapping[str, str]) -> str:

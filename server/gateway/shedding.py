@@ -4,7 +4,7 @@ those who are in are waiting for."""
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.gateway.admission import Admission
-from server.gateway.observe import is_generation
+from server.gateway.observe import IMAGES
 
 
 class Shedding:
@@ -15,6 +15,6 @@ class Shedding:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises ApiError 429 or 503."""
-        if scope["type"] == "http" and is_generation(scope):
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] == IMAGES:
             self.admission.check_room(scope.get("fewstep_key", "anonymous"))
         await self.app(scope, receive, send)

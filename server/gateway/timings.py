@@ -13,7 +13,7 @@ MILLION = 1e6
 @dataclass(frozen=True)
 class Timings:
     """Milliseconds of stages that sum to the total. queue is all that is no named stage: waiting for the device, the hop to the
-    backend, noise; steps has one entry per NFE."""
+    backend, noise; steps has one entry per NFE; image_encode makes the file, also that of a video."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")  # it is also what the OpenAPI document says of an answer's `timings`
 
@@ -41,7 +41,11 @@ def measure(made: list[Made], total: int) -> Timings:
     """Of several images, the stages of the one that was finished last, since it decided the total (nanoseconds). An image
     that was not made for this request has no stages."""
     last = max(made, key=lambda image: image.round_trip)
-    spent, encoded = last.nanoseconds, last.file.nanoseconds
+    return of_stages(last.nanoseconds, last.file.nanoseconds, total)
+
+
+def of_stages(spent: dict[str, int], encoded: int, total: int) -> Timings:
+    """All in nanoseconds: what the backend spent by stage, what its files took, and the whole."""
     text, decoder = spent.get("text_encoder", 0), spent.get("vae_decoder", 0)
     steps = [spent[name] for name in spent if name.startswith("nfe")]
     queue = total - text - sum(steps) - decoder - encoded

@@ -13,12 +13,13 @@ from server.engine.student import open_student, student_folders
 from server.gateway.backend import (
     BackendError,
     BackendFailed,
-    BackendImage,
     BackendTimeout,
     BackendUnavailable,
     EngineError,
-    ImageRequest,
+    Generated,
+    GenerationRequest,
     OnPreview,
+    OnStep,
     StudentCard,
 )
 from server.gateway.triton_client import TritonClient
@@ -29,7 +30,7 @@ logger = logging.getLogger("fewstep")
 START_SECONDS = 60.0
 ANSWER_SECONDS = 60.0
 POLL_SECONDS = 0.1
-QUIET_SECONDS = 5.0  # without a finished image for so long, one is asked for: a dead stub still says it is ready
+QUIET_SECONDS = 5.0  # without a word of any student for so long, each is asked: a dead stub still says it is ready
 PROBE_SECONDS = 10.0
 SCRAPE_SECONDS = 2.0
 LONGEST_BACKOFF = 8.0
@@ -52,11 +53,10 @@ class TritonBackend:
         self.watcher: asyncio.Task[None] | None = None
         self.trouble = asyncio.Event()
         self.probing = asyncio.Lock()
-        self.last_image = 0.0
         self.http = httpx.AsyncClient(timeout=SCRAPE_SECONDS, trust_env=False, verify=False)  # loopback, without TLS
 
     async def start(self) -> None:
-        """Verifies the students, starts Triton and makes the warm-up images. Raises BackendFailed."""
+        """Verifies the students, starts Triton and lets each make something. Raises BackendFailed."""
         installation = find_triton()
         try:
             folders = await asyncio.to_thread(student_folders, self.repository)
@@ -69,7 +69,7 @@ class TritonBackend:
         self.watcher = asyncio.create_task(self.watch())
 
     async def start_server(self) -> None:
-        """One run of tritonserver up to its warm-up images. Raises BackendFailed, leaving no process behind."""
+        """One run of tritonserver up to what warms its students up. Raises BackendFailed, leaving no process behind."""
         self.server = TritonServer(self.installation, self.repository, self.names, self.engine)
         client = TritonClient(self.server.port)
         try:
@@ -82,7 +82,7 @@ class TritonBackend:
             await self.stop_server()
             raise BackendFailed(f"Triton did not start: {why}") from None
         self.server.know_stubs()
-        self.client, self.last_image = client, time.monotonic()
+        self.client = client
 
     async def card_when_loaded(self, client: TritonClient, name: str) -> StudentCard:
         """Waits for Triton to have loaded a student. Raises BackendFailed when the process ends instead."""
@@ -93,24 +93,28 @@ class TritonBackend:
                 raise BackendFailed(self.server.why() if self.server else "it was stopped")
             await asyncio.sleep(POLL_SECONDS)
 
-    async def generate(self, request: ImageRequest, on_preview: OnPreview | None = None) -> BackendImage:
-        """One image; a lost or silent Triton sets off a probe."""
+    async def generate(
+        self, request: GenerationRequest, on_preview: OnPreview | None = None, on_step: OnStep | None = None
+    ) -> Generated:
+        """One image or video; a lost or silent Triton sets off a probe."""
         if self.client is None:
             raise BackendUnavailable(STARTING)
         try:
-            made = await self.client.generate(request, ANSWER_SECONDS, on_preview)
+            seconds = max(ANSWER_SECONDS, (request.timeout_ms or 0) / 1000)
+            return await self.client.generate(request, seconds, on_preview, on_step)
         except (BackendUnavailable, BackendTimeout):
             self.trouble.set()
             raise
-        self.last_image = time.monotonic()
-        return made
+
+    def processes(self) -> list[int]:
+        return [self.server.process.pid, *self.server.stubs] if self.server else []
 
     async def ready(self) -> bool:
-        """True when every student makes an image now: only that shows that no stub is dead."""
+        """True when every student makes something now: only that shows that no stub is dead."""
         return self.server is not None and self.server.alive and await self.probe()
 
     async def probe(self) -> bool:
-        """A real image from every student; an image finished meanwhile for somebody else counts as well."""
+        """A real image or video from every student; a word meanwhile to somebody else counts as well."""
         async with self.probing:
             begin, client = time.monotonic(), self.client
             if client is None:
@@ -119,8 +123,7 @@ class TritonBackend:
                 for card in self.students.values():
                     await client.generate(card.warm_up(), PROBE_SECONDS)
             except (BackendError, EngineError):
-                return len(self.students) == 1 and self.last_image > begin
-            self.last_image = time.monotonic()
+                return len(self.students) == 1 and client.last_heard > begin
             return True
 
     async def watch(self) -> None:
@@ -128,7 +131,7 @@ class TritonBackend:
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.trouble.wait(), POLL_SECONDS)
-            quiet = time.monotonic() - self.last_image > QUIET_SECONDS
+            quiet = self.client is not None and time.monotonic() - self.client.last_heard > QUIET_SECONDS
             suspected = self.trouble.is_set() or quiet
             self.trouble.clear()
             if self.server is None or not self.server.alive or (suspected and not await self.probe()):
@@ -184,6 +187,6 @@ class TritonBackend:
 
 
 async def warm_up(client: TritonClient, card: StudentCard) -> StudentCard:
-    """Lets a student make an image, and learns its fingerprint from it."""
+    """Lets a student make an image or video, and learns its fingerprint from it."""
     made = await client.generate(card.warm_up(), START_SECONDS)
     return card.warmed_up(made)

@@ -1,9 +1,9 @@
-"""One image over Triton's gRPC stream, and what Triton's errors really mean."""
+"""One image or video over Triton's gRPC stream, and what Triton's errors really mean."""
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -16,27 +16,34 @@ from tritonclient.utils import InferenceServerException
 from server.gateway.backend import (
     TRACEPARENT,
     BackendFault,
-    BackendImage,
     BackendTimeout,
     BackendUnavailable,
     EngineError,
-    ImageRequest,
+    Generated,
+    GenerationRequest,
     OnPreview,
+    OnStep,
     Span,
     StudentCard,
     from_wire,
 )
 
+Report = dict[str, Any]  # what a response says in JSON: of a step, of a preview, or of all that was done
 MOST_IDLE = 64
 LOST = "the image backend stopped while it worked on this request and is being restarted; send the request again"
 
 
 class TritonClient:
-    """Speaks to one run of tritonserver."""
+    """Speaks to one run of tritonserver.
+
+    last_heard: when a student last gave a sign of life, in seconds of time.monotonic.
+    """
 
     def __init__(self, port: int) -> None:
-        self.client = InferenceServerClient(f"127.0.0.1:{port}")
+        self.client = InferenceServerClient(f"127.0.0.1:{port}")  # messages may have 2 GiB: a video of 49 x 480 x 720 has 51 MB
         self.idle: list[Stream] = []
+        self.frames: dict[str, int | None] = {}
+        self.last_heard = time.monotonic()
 
     async def card(self, student: str) -> StudentCard:
         """What Triton says about a student it has loaded. Raises BackendUnavailable."""
@@ -45,35 +52,55 @@ class TritonClient:
         except (InferenceServerException, grpc.RpcError):
             raise BackendUnavailable(LOST) from None
         parameters = config["config"]["parameters"]
-        return StudentCard.parse({key: value["string_value"] for key, value in parameters.items()})
+        card = StudentCard.parse({key: value["string_value"] for key, value in parameters.items()})
+        self.frames[card.name] = card.frames
+        return card
 
-    async def generate(self, request: ImageRequest, seconds: float, on_preview: OnPreview | None = None) -> BackendImage:
-        """One image within `seconds`. Raises an EngineError or a BackendError."""
+    async def generate(
+        self,
+        request: GenerationRequest,
+        seconds: float,
+        on_preview: OnPreview | None = None,
+        on_step: OnStep | None = None,
+    ) -> Generated:
+        """One image or video; `seconds` is the longest silence, which previews and steps interrupt. Raises an EngineError or a
+        BackendError."""
         begin = time.perf_counter_ns()
+
+        def hear(result: Any, report: Report) -> None:
+            silence.reschedule(asyncio.get_running_loop().time() + seconds)
+            if on_step and "step" in report:
+                on_step(report["step"])
+            if on_preview and "preview" in report:
+                on_preview(report["preview"], self.picture(result, request, shown=True))
+
         try:
-            async with asyncio.timeout(seconds):
-                result = await self.last_response(request, on_preview)
+            async with asyncio.timeout(seconds) as silence:
+                result, report = await self.last_response(request, on_step is not None, hear)
         except TimeoutError:
             raise BackendTimeout(f"the image backend gave no answer in {seconds:g} s") from None
         except (InferenceServerException, grpc.RpcError, asyncio.CancelledError) as error:
             raise lost_or_cancelled(error) from None
-        report = json.loads(result.as_numpy("report")[0])
         spans = tuple(Span(*span) for span in report["spans"])
         elapsed = time.perf_counter_ns() - begin
         named = {name: report[name] for name in ("tokens", "fingerprint", "fingerprint_parts")}
-        return BackendImage(picture(result, request), spans, **named, round_trip=elapsed)
+        return Generated(self.picture(result, request), spans, **named, round_trip=elapsed)
 
-    async def last_response(self, request: ImageRequest, on_preview: OnPreview | None) -> Any:
-        """The response that holds the image, over a stream of this request's own. A stream that has done its work is kept for
-        the next request, which saves a millisecond; any other is closed, which cancels the request inside Triton."""
+    async def last_response(
+        self, request: GenerationRequest, tells_steps: bool, hear: Callable[[Any, Report], None]
+    ) -> tuple[Any, Report]:
+        """The response that holds the image or video, and its report, over a stream of this request's own; `hear` gets those
+        before it. A stream that has done its work is kept for the next request, which saves a millisecond; any other is closed,
+        which cancels the request inside Triton."""
         trace = TRACEPARENT.get()  # travels in the headers of the stream, so such a stream is for one request
         stream = self.idle.pop() if self.idle and not trace else Stream(self.client, trace)
         try:
-            async for result in stream.answers(request):
-                if (step := json.loads(result.as_numpy("report")[0]).get("preview")) is None:
+            async for result in stream.answers(request, tells_steps):
+                self.last_heard = time.monotonic()
+                report: Report = json.loads(result.as_numpy("report")[0])
+                if "fingerprint" in report:
                     break
-                if on_preview:
-                    on_preview(step, picture(result, request))
+                hear(result, report)
         except BaseException:
             stream.close()
             raise
@@ -81,7 +108,18 @@ class TritonClient:
             stream.close()
         else:
             self.idle.append(stream)
-        return result
+        return result, report
+
+    def picture(self, result: Any, request: GenerationRequest, shown: bool = False) -> npt.NDArray[np.uint8]:
+        """uint8 [H, W, 3] of a response, of a video [F, H, W, 3]; one that is shown on the way may have fewer frames. Raises
+        BackendFault when it is of another shape than asked."""
+        image: npt.NDArray[np.uint8] = result.as_numpy("image")
+        width, height = map(int, request.size.split("x"))
+        frames = self.frames[request.student]
+        legal = [()] if frames is None else [(count,) for count in range(1 if shown else frames, frames + 1)]
+        if image.dtype != np.uint8 or image.shape not in [(*count, height, width, 3) for count in legal]:
+            raise BackendFault(f"image is {image.dtype} {image.shape} for size {request.size} and {frames or 'no'} frames")
+        return image
 
     def hang_up(self) -> None:
         """Closes the streams that are kept; Triton would wait for them when it is asked to stop."""
@@ -104,14 +142,14 @@ class Stream:
         while True:
             yield await self.asked.get()
 
-    async def answers(self, request: ImageRequest) -> AsyncIterator[Any]:
-        """The responses that hold an image, previews first; whoever reads them stops after the last. Raises what became of the
-        request otherwise."""
-        self.asked.put_nowait(triton_request(request))
+    async def answers(self, request: GenerationRequest, tells_steps: bool) -> AsyncIterator[Any]:
+        """The responses that say something, in the order in which the student gave them; whoever reads them stops after the
+        last. Raises what became of the request otherwise."""
+        self.asked.put_nowait(triton_request(request, tells_steps))
         async for result, error in self.heard:
             if error is not None:
                 raise typed_error(error.message())
-            if result.as_numpy("image") is not None:
+            if result.as_numpy("report") is not None:  # Triton's own word that nothing follows has none
                 yield result
         raise BackendUnavailable(LOST)
 
@@ -119,16 +157,7 @@ class Stream:
         self.heard.cancel()
 
 
-def picture(result: Any, request: ImageRequest) -> npt.NDArray[np.uint8]:
-    """uint8 [H, W, 3] of a response. Raises BackendFault when it is of another shape than asked."""
-    image: npt.NDArray[np.uint8] = result.as_numpy("image")
-    width, height = map(int, request.size.split("x"))
-    if image.dtype != np.uint8 or image.shape != (height, width, 3):
-        raise BackendFault(f"image is {image.dtype} {image.shape} for size {request.size}")
-    return image
-
-
-def triton_request(request: ImageRequest) -> dict[str, Any]:
+def triton_request(request: GenerationRequest, tells_steps: bool) -> dict[str, Any]:
     """In the form of tritonclient."""
     columns = {
         "prompt": np.array([request.prompt.encode()], np.object_),
@@ -144,7 +173,8 @@ def triton_request(request: ImageRequest) -> dict[str, Any]:
     inputs = [InferInput(name, [1], datatypes[name]) for name in columns]
     for tensor in inputs:
         tensor.set_data_from_numpy(columns[tensor.name()])
-    return {"model_name": request.student, "inputs": inputs, "parameters": {"probe": request.probe, "who": request.who}}
+    parameters = {"probe": request.probe, "who": request.who, "tells_steps": tells_steps}
+    return {"model_name": request.student, "inputs": inputs, "parameters": parameters}
 
 
 def typed_error(message: str) -> Exception:

