@@ -71,6 +71,8 @@ class Program:
         return process
 
     def main(self) -> None:
+        # A device of its own, as on a machine of its own: a process that is stopped may be stopped while it holds its device.
+        os.environ["FEWSTEP_LOCKS"] = str(self.folder / f"locks-{os.getpid()}")
         asyncio.run(self.serve())
 
     async def serve(self) -> None:
@@ -95,8 +97,10 @@ class Program:
 
         async def make(job: Job, on_progress: OnProgress) -> Result:
             def on_step(executed: int) -> None:
-                on_progress(executed)
+                if self.signal == signal.SIGSTOP:
+                    self.finish_writing()
                 self.reached(f"at NFE {executed}")
+                on_progress(executed)
 
             with (self.folder / "executions").open("a") as log:
                 log.write(f"{job.id}\n")
@@ -112,6 +116,11 @@ class Program:
     def reached(self, point: str) -> None:
         if point == self.point:
             os.kill(os.getpid(), self.signal)
+
+    def finish_writing(self) -> None:
+        """Waits for what other threads write, so that no SIGSTOP comes while one of them has SQLite's only lock."""
+        with JobStore(self.url).database.writing():
+            pass
 
     def place_points(self, store: JobStore) -> None:
         """Those that do not lie in `maker`."""

@@ -108,21 +108,19 @@ def test_a_server_that_is_told_to_end_leaves_its_job_for_the_next_to_take_at_onc
     assert check_the_clip(program(), pixels).attempts == 1
 
 
-@pytest.mark.parametrize("point", ["at NFE 2", "before the file is renamed", "before the update commits"])
-def test_a_server_that_wakes_up_when_its_lease_is_over_changes_nothing(
-    program: NewProgram, pixels: str, point: str, request: pytest.FixtureRequest
-) -> None:
-    if point == "before the update commits" and "sqlite" in request.node.name:
-        pytest.skip("it stops with SQLite's only write lock, so that nobody else can take the job")
-    late = program(point=point, signal=signal.SIGSTOP).start()
-    until(lambda: stopped(late))
-    assert program(ahead=HOUR).run() == 0
-    before = check_the_clip(program(), pixels)
-    assert before.attempts == 2
+def test_a_server_that_wakes_up_when_its_lease_is_over_changes_nothing(program: NewProgram, pixels: str) -> None:
+    late = program(point="at NFE 2", signal=signal.SIGSTOP).start()
     assert late.pid
-    os.kill(late.pid, signal.SIGCONT)
-    late.join(PATIENCE)
-    assert late.exitcode == 0
+    try:
+        until(lambda: stopped(late))
+        assert program(ahead=HOUR).run() == 0
+        before = check_the_clip(program(), pixels)
+        assert before.attempts == 2
+        os.kill(late.pid, signal.SIGCONT)
+        late.join(PATIENCE)
+        assert late.exitcode == 0
+    finally:
+        late.kill()
     after = check_the_clip(program(), pixels)
     assert (after.completed_at, after.lease_token) == (before.completed_at, before.lease_token)
 
