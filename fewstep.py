@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,6 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from benchmarks.commands import bench
+from benchmarks.eval_commands import evaluate, evaluate_video
+from export.commands import engines, export
 from server.gateway.keys_commands import keys
 from server.terminal import fail, one_line_errors
 
@@ -23,6 +24,10 @@ app = typer.Typer(
 ROOT = Path(__file__).resolve().parent
 app.add_typer(keys, name="keys")
 app.add_typer(bench, name="bench")
+for command in (export, engines):
+    app.command()(command)
+app.command("eval")(evaluate)
+app.command("eval-video")(evaluate_video)
 
 
 @app.callback()
@@ -39,8 +44,9 @@ def train(
         str,
         typer.Argument(
             help="scenes_evaluator, scenes_vae, scenes_text_encoder, scenes_teacher, scenes_tdm; motion_evaluator, motion_vae, "
-            "motion_text_encoder, motion_teacher for clips; tdm for a teacher of your own, or with the paper's numbers "
-            "tdm_pixart, tdm_pixart_1024, tdm_pixart_demo, tdm_sd15, tdm_sdxl, tdm_sd3, tdm_cogvideox_2b, tdm_cogvideox_5b"
+            "motion_text_encoder, motion_teacher, motion_tdm for clips; tdm for a teacher of your own, or with the paper's "
+            "numbers tdm_pixart, tdm_pixart_1024, tdm_pixart_demo, tdm_sd15, tdm_sdxl, tdm_sd3, tdm_cogvideox_2b, "
+            "tdm_cogvideox_5b"
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="folder of the run: checkpoints, then the result")] = None,
@@ -136,52 +142,6 @@ def adopt(
 
 
 @app.command()
-def export(
-    student: Annotated[Path, typer.Argument(help="a student folder, as `fewstep train scenes_tdm` writes it")],
-    to: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
-    decoder: Annotated[Literal["full", "tiny"], typer.Option(help="tiny: the student's vae_tiny, as NAME-tiny")] = "full",
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16; or by stage: text_encoder=, denoiser=, vae=")] = "fp32",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="export and check, but publish nothing")] = False,
-    tensorrt: Annotated[str | None, typer.Option(help="also build TensorRT engines, by: rtx, full, or auto")] = None,
-    target: Annotated[str | None, typer.Option(help="compute capabilities to build engines for, e.g. 8.6,8.9")] = None,
-) -> None:
-    """Exports a student to ONNX, proves the graphs equal to PyTorch and to diffusers, and publishes them for Triton.
-
-    Students of PixArt, Stable Diffusion 1.x and 2.x, SDXL, Stable Diffusion 3 and CogVideoX are known.
-
-    Examples: fewstep export runs/scenes_tdm/student --to model_repository; with --precision denoiser=fp16,vae=fp32; with
-    --tensorrt rtx --target 8.6,8.9
-    """
-    with one_line_errors("export"):
-        from export.precision import parse_precisions
-        from export.publish import export_student
-        from export.tensorrt import toolchain
-
-        if target and not tensorrt:
-            raise ValueError("--target says for which GPUs engines are built; say --tensorrt rtx as well")
-        tools = toolchain(tensorrt, target) if tensorrt else None
-        path, report = export_student(student, to, dry_run, decoder, parse_precisions(precision), tools)
-        print(report.as_text())
-        print(f"\ndry run: all passed, nothing was published as {path}" if dry_run else f"\npublished {path}, with a report.md")
-
-
-@app.command()
-def engines(
-    student: Annotated[Path, typer.Argument(help="an exported student, e.g. model_repository/scenes")],
-    tensorrt: Annotated[str, typer.Option(help="rtx: for GPUs that are not here; full: for the one that is; auto")] = "auto",
-    target: Annotated[str | None, typer.Option(help="compute capabilities to build for, e.g. 8.6,8.9 (rtx)")] = None,
-) -> None:
-    """Builds the TensorRT engines of a student that is exported already. Needs neither torch nor, for rtx, a GPU.
-
-    Example: fewstep engines model_repository/scenes --target 8.6,8.9
-    """
-    with one_line_errors("tensorrt"):
-        from export.tensorrt import as_text, build_engines, toolchain
-
-        print(as_text(build_engines(student, toolchain(tensorrt, target))))
-
-
-@app.command()
 def inspect(
     student: Annotated[Path, typer.Argument(help="an exported student, e.g. model_repository/scenes")],
     json_: Annotated[bool, typer.Option("--json", help="the same for machines")] = False,
@@ -195,72 +155,6 @@ def inspect(
 
         inspection = inspect(student)
         print(json.dumps(inspection.as_json(), indent=1) if json_ else as_text(inspection))
-
-
-@app.command("eval")
-def evaluate(
-    student: Annotated[Path | None, typer.Option(help="a student folder or an exported student")] = None,
-    url: Annotated[str | None, typer.Option(help="a running server, in place of --student")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="FEWSTEP_API_KEY", help="of that server, where it wants one")] = None,
-    nfe: Annotated[str, typer.Option(help="NFE counts of the student")] = "1,2,3,4",
-    captions: Annotated[int, typer.Option(min=2, help="how many held-out captions")] = 500,
-    teacher: Annotated[Path, typer.Option(help="a teacher folder")] = ROOT / "tdm_train/scenes/teacher",
-    guidance: Annotated[str, typer.Option(help="guidance of the teacher's rows")] = "2,3",
-    seed: Annotated[int, typer.Option(min=0, max=999, help="which captions and which noise")] = 0,
-    grid: Annotated[Path | None, typer.Option(help="write a picture of the first captions, one column per row")] = None,
-) -> None:
-    """Measures prompt adherence and Fréchet distance of renders, autoencoder, teacher and student.
-
-    Examples: fewstep eval --nfe 1,4 --captions 100 --grid grid.png; fewstep eval --url http://127.0.0.1:8000
-    """
-    with one_line_errors("train"):
-        from benchmarks.evaluate import Evaluation, Teacher, caller, check_nfe, draw_grid, report, server_rows, student_rows
-
-        if student and url:
-            raise ValueError("--student and --url exclude each other")
-        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", nfe):
-            raise ValueError(f"--nfe {nfe!r}: legal are whole numbers with commas between, e.g. 1,4")
-        counts = [int(count) for count in nfe.split(",")]
-        folder = student or ROOT / "model_repository/scenes"
-        server = caller(url, api_key) if url else None
-        check_nfe(folder, server, counts)
-        evaluation = Evaluation(captions, seed)
-        judge = Teacher(teacher, evaluation)
-        rows = [evaluation.rendered(), judge.autoencoder()]
-        scales = [float(scale) for scale in guidance.split(",")]
-        rows += [judge.row(25, scale) for scale in scales]
-        rows += [judge.row(4, scales[-1]), judge.row(2, scales[-1]), judge.row(4, 1.0)]
-        rows += server_rows(server, counts, evaluation) if server else student_rows(folder, counts, evaluation)
-        report(rows, captions, seed)
-        if grid:
-            draw_grid(rows, evaluation.captions, grid)
-
-
-@app.command("eval-video")
-def evaluate_video(
-    teacher: Annotated[Path, typer.Option(help="a teacher folder of clips, as `fewstep train motion_teacher` writes it")],
-    captions: Annotated[int, typer.Option(min=2, help="how many held-out captions")] = 500,
-    guidance: Annotated[str, typer.Option(help="guidance of the teacher's rows")] = "2,3",
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="DDIM steps of the teacher")] = 50,
-    seed: Annotated[int, typer.Option(min=0, max=999, help="which captions and which noise")] = 0,
-    strips: Annotated[Path | None, typer.Option(help="write a picture of the first captions, frames of every row")] = None,
-) -> None:
-    """Measures adherence (motion and speed included) and Fréchet distance of rendered clips, autoencoder and teacher.
-
-    Example: fewstep eval-video --teacher runs/motion_teacher/teacher --captions 100 --strips strips.png
-    """
-    with one_line_errors("train"):
-        from benchmarks.evaluate import report
-        from benchmarks.evaluate_video import VideoEvaluation, VideoTeacher, draw_strips
-
-        evaluation = VideoEvaluation(captions, seed)
-        judge = VideoTeacher(teacher, evaluation)
-        scales = [float(scale) for scale in guidance.split(",")]
-        rows = [evaluation.rendered(), judge.autoencoder(), *(judge.row(steps, scale) for scale in scales)]
-        rows += [judge.row(4, scales[-1]), judge.row(4, 1.0)]
-        report(rows, captions, seed)
-        if strips:
-            draw_strips(rows, strips)
 
 
 @app.command()

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -144,19 +145,25 @@ def check_nfe(folder: Path, server: httpx.Client | None, nfe_counts: list[int]) 
             raise ValueError(f"{answer.url} answered {answer.status_code}: {answer.text[:300]}")
         legal = answer.json()["data"][0]["nfe"]
     else:
-        described = next((file for file in (folder / "1/student.json", folder / "student.json") if file.is_file()), None)
-        if not described:
-            raise ValueError(f"{folder} is neither a student folder nor an exported student: it has no student.json")
-        legal = json.loads(described.read_text())["nfe"]
+        legal = description_of(folder)["nfe"]
     if illegal := [nfe for nfe in nfe_counts if nfe not in legal]:
         raise ValueError(f"NFE {illegal[0]} is not one of the student's {', '.join(map(str, legal))}")
 
 
-def student_rows(folder: Path, nfe_counts: list[int], evaluation: Evaluation) -> list[Row]:
+def description_of(folder: Path) -> dict[str, Any]:
+    """student.json of a student folder or of an exported student. Raises ValueError for a folder that is neither."""
+    described = next((file for file in (folder / "1/student.json", folder / "student.json") if file.is_file()), None)
+    if not described:
+        raise ValueError(f"{folder} is neither a student folder nor an exported student: it has no student.json")
+    read: dict[str, Any] = json.loads(described.read_text())
+    return read
+
+
+def student_rows(folder: Path, nfe_counts: list[int], evaluation: Evaluation, name: str = "student") -> list[Row]:
     """A student folder (PyTorch) or an exported student (a folder of model_repository), at each of its NFE counts."""
     exported = (folder / "1" / "student.json").is_file()
     draw_for = _draw_exported(folder, evaluation) if exported else _draw_student(folder, evaluation)
-    return [evaluation.row("student", nfe, 1.0, draw_for(nfe)) for nfe in nfe_counts]
+    return [evaluation.row(name, nfe, 1.0, draw_for(nfe)) for nfe in nfe_counts]
 
 
 def _draw_student(folder: Path, evaluation: Evaluation) -> Callable[[int], Callable[[slice], np.ndarray]]:
@@ -220,10 +227,11 @@ def _wrap(text: str, width: int) -> str:
     return "\n".join(lines)
 
 
-def report(rows: list[Row], captions: int, seed: int) -> None:
-    """A table on stderr for people, then one JSON document as the last line of stdout."""
+def report(rows: list[Row], captions: int, seed: int, said: str = "", **more: Any) -> None:
+    """A table on stderr with `said` below it for people, then one JSON document with `more` in it, the last line of stdout."""
     print(f"{'':14}{'NFE':>4}{'guidance':>10}{'adherence':>11}{'Fréchet':>9}", file=sys.stderr)
     for row in rows:
         print(f"{row.what:14}{row.nfe or '':>4}{row.guidance:>10g}{row.adherence:>11.1%}{row.frechet:>9.2f}", file=sys.stderr)
-    document = {"rows": [row.as_json() for row in rows], "captions": captions, "seed": seed}
+    print(said, file=sys.stderr, end="\n" if said else "")
+    document = {"rows": [row.as_json() for row in rows], "captions": captions, "seed": seed} | more
     print(json.dumps(document))

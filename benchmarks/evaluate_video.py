@@ -1,4 +1,4 @@
-"""`fewstep eval-video`: do clips show what their captions say? Renders, autoencoder and teacher, side by side.
+"""`fewstep eval-video`: do clips show what their captions say? Renders, autoencoder, teacher and students, side by side.
 
 Every row makes one clip per held-out caption and lets the evaluator read it (tdm_train/scenes_video/evaluator.py), motion
 and speed included. Clip i has the noise of seed `seed * 10^6 + i` in every row.
@@ -14,11 +14,14 @@ from tqdm import tqdm
 
 from benchmarks.evaluate import Row
 from server.engine.noise import initial_latents
+from tdm_train.checkpoint import load_student, open_pipeline
+from tdm_train.prompts import encode_prompts
+from tdm_train.rollout import rollout
 from tdm_train.scenes.evaluator import frechet_distance
 from tdm_train.scenes_video.autoencoder import to_blocks, to_clips
 from tdm_train.scenes_video.captions import adherence, held_out_captions
 from tdm_train.scenes_video.evaluator import Evaluator, load_evaluator
-from tdm_train.scenes_video.teacher import latent_shape, open_teacher
+from tdm_train.scenes_video.teacher import latent_shape
 from tdm_train.scenes_video.text_encoder import TEXT_LENGTH
 from tdm_train.scenes_video.world import FRAMES, draw_clip, render_clips
 
@@ -64,7 +67,7 @@ class VideoTeacher:
     """A diffusers teacher folder, run by diffusers' own pipeline."""
 
     def __init__(self, folder: Path, evaluation: VideoEvaluation):
-        self.pipeline, self.evaluation = open_teacher(folder), evaluation
+        self.pipeline, self.evaluation = open_pipeline(folder), evaluation
         self.shape = latent_shape(self.pipeline.transformer)
 
     @torch.no_grad()
@@ -102,6 +105,19 @@ class VideoTeacher:
             return self.decode(latents)
 
         return self.evaluation.row("teacher", steps * (1 if guidance == 1 else 2), guidance, draw)
+
+
+def student_rows(folder: Path, nfe_counts: list[int], evaluation: VideoEvaluation, name: str) -> list[Row]:
+    """A student folder of clips, at each of its NFE counts."""
+    student = load_student(folder)
+    teacher = VideoTeacher(folder, evaluation)  # the same folder, opened as a pipeline: its decoder
+    texts = encode_prompts(student.pipeline, list(evaluation.captions), student.description.text_length)
+
+    def draw(nfe: int, part: slice) -> np.ndarray:
+        text, noise = texts.select(part), evaluation.noise(part, teacher.shape)
+        return teacher.decode(rollout(student.denoiser, student.denoiser.schedule, noise, text, student.grid(nfe)).states[0])
+
+    return [evaluation.row(name, nfe, 1.0, lambda part, nfe=nfe: draw(nfe, part)) for nfe in nfe_counts]
 
 
 def draw_strips(rows: list[Row], file: Path, lines: int = 8, frames: tuple[int, ...] = (0, 5, 10, 15)) -> None:

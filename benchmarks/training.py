@@ -103,7 +103,7 @@ def iterate(pipeline: Any, roles: Roles, texts: Texts, recipe: TdmRecipe, traini
     """Seconds of one iteration, as train_tdm has it."""
     begin = time.perf_counter()
     with training.accelerator.autocast():
-        batches = draw_batches(pipeline, roles, texts, recipe, training, step)
+        batches = draw_batches(pipeline, roles, texts, recipe, training, step, turn=0)
         if not saving:
             batches = [predicted_again(roles, batch) for batch in batches]
         update_fake_score(roles, batches, recipe, training)
@@ -155,7 +155,7 @@ def new_texts(pipeline: Any, recipe: TdmRecipe, device: torch.device) -> Texts:
     """Made-up embeddings of 64 prompts."""
     text = Text(torch.randn(64, TOKENS, CAPTION), torch.ones(64, TOKENS, dtype=torch.int64))
     empty = text.select(slice(recipe.batch)).to(device)
-    return Texts(text, empty, Samples(pipeline, torch.zeros(0), text, empty, []))
+    return Texts(text, empty, Samples(pipeline, torch.zeros(0), text, empty, None))
 
 
 def peak_mebibytes() -> float:

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tdm_train.backbones import backbone_named, backbone_of
 from tdm_train.denoiser import Denoiser
 from tdm_train.description import Description, read_description
+from tdm_train.plain_attention import plain_attention
 from tdm_train.samplers import sampler_grid, student_sampler
 from tdm_train.steps_aware import StepsAwareEmbedding, fold, timestep_embedding, unfold
 
@@ -87,14 +87,6 @@ def refuse_missing_parts(folder: Path) -> None:
     parts = [name for name, kind in listed.items() if isinstance(kind, list) and kind[0] is not None]
     if missing := [name for name in parts if not (folder / name).is_dir()]:
         raise ValueError(f"{folder} lacks {', '.join(missing)}, which its model_index.json lists; save or copy it whole")
-
-
-def plain_attention(pipeline: Any) -> None:
-    """Takes the fused attention out of every part that has no other kind: at the few tokens of small models it is slow."""
-    for part in pipeline.components.values():
-        processors = getattr(part, "attn_processors", {}).values()
-        if processors and all(type(processor) is AttnProcessor2_0 for processor in processors):
-            part.set_attn_processor(AttnProcessor())
 
 
 def denoiser_of(pipeline: Any) -> Denoiser:

@@ -67,12 +67,14 @@ def cost_of(recipe: TdmRecipe, processes: int) -> Cost:
     refuse_what_the_teacher_cannot_do(recipe, pipeline)
     denoiser = denoiser_of(pipeline).requires_grad_(False).to("meta")
     roles = (full_copies if recipe.weights == "full" else shared_roles)(denoiser, recipe)
-    nfe = float(np.mean([np.mean(recipe.nfe_at(step)) for step in range(max(recipe.iterations, 1))]))
+    steps = range(max(recipe.iterations, 1))
+    nfe = float(np.mean([np.average(recipe.nfe_at(step), weights=recipe.shares_at(step) or None) for step in steps]))
     regularised = recipe.fake_loss == "velocity" and recipe.teacher_weight > 0
     samples = recipe.batch * recipe.accumulation * processes
     flops = np.mean([sample_flops(pipeline, roles, recipe, size, nfe, regularised) for size in recipe.sizes or (None,)])
     held = [role_cost(name, role, recipe) for name, role in zip(("teacher", "student", "fake score"), roles, strict=True)]
-    return Cost(held, nfe + 2 + 2 + 1 + regularised, 2, samples, float(flops) * samples, recipe.iterations)
+    forwards = recipe.fake_updates * (nfe + 1 + regularised) + 1 + 2 + 1
+    return Cost(held, forwards, recipe.fake_updates + 1, samples, float(flops) * samples, recipe.iterations)
 
 
 def weightless_pipeline(recipe: TdmRecipe) -> Any:
@@ -110,12 +112,13 @@ def base_parameters(role: SharedRole) -> Iterator[nn.Parameter]:
 def sample_flops(
     pipeline: Any, roles: tuple[Role, Role, Role], recipe: TdmRecipe, size: str | None, nfe: float, regularised: bool
 ) -> float:
-    """FLOPs of one sample in an iteration: the rollout, one trained step of student and of fake score, the guided teacher, and
-    the fake score's answer."""
+    """FLOPs of one sample in an iteration: rollout and trained step of every fake score's update, the student's trained step,
+    the guided teacher, and the fake score's answer."""
     shape = (1, *latent_shape(recipe, pipeline, size or own_size(pipeline)))
     teacher, student, _ = (evaluation_flops(pipeline, role, recipe, shape, trained=False) for role in roles)
     trained = evaluation_flops(pipeline, roles[1], recipe, shape, trained=True)
-    return nfe * student + 2 * trained + (2 + regularised) * teacher + student
+    fake_update = nfe * student + trained + regularised * teacher
+    return recipe.fake_updates * fake_update + trained + 2 * teacher + student
 
 
 def evaluation_flops(pipeline: Any, role: Role, recipe: TdmRecipe, shape: tuple[int, ...], trained: bool) -> int:

@@ -27,9 +27,10 @@ class Draws:
     student_tau: torch.Tensor
 
 
-def draw_nfe(seed: int, step: int, legal: tuple[int, ...]) -> int:
-    """K of an iteration: one for all processes, so that they do the same work."""
-    return int(np.random.Generator(np.random.Philox(key=[seed, step])).choice(legal))
+def draw_nfe(seed: int, step: int, legal: tuple[int, ...], shares: tuple[float, ...] = ()) -> int:
+    """K of an iteration: one for all processes, so that they do the same work. shares: weights of `legal`, or none."""
+    chances = np.asarray(shares) / sum(shares) if shares else None
+    return int(np.random.Generator(np.random.Philox(key=[seed, step])).choice(legal, p=chances))
 
 
 def draw(

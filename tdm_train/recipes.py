@@ -172,4 +172,15 @@ RECIPES = {
     "motion_vae": MotionAutoencoderRecipe(),
     "motion_text_encoder": MotionTextEncoderRecipe(),
     "motion_teacher": MotionTeacherRecipe(),
+    "motion_tdm": TdmRecipe(
+        name="motion",
+        teacher="tdm_train/scenes_video/teacher",
+        base="fewstep clips teacher",
+        family="cogvideox",
+        text_length=16,
+        frames=16,
+        fps=8,
+        guidance=2.0,
+        seed=18,
+    ),
 }

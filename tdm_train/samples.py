@@ -1,5 +1,6 @@
 """Pictures of fixed prompts from fixed noise, at intervals of a run: for people as PNG files, for the gates as numbers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,23 @@ from tdm_train.denoiser import Text
 from tdm_train.gates import Quality, refuse_collapse
 from tdm_train.roles import Roles
 from tdm_train.rollout import Denoise, guided, rollout
-from tdm_train.scenes.captions import Claim
-from tdm_train.scenes.evaluator import adherence, load_evaluator
 from tdm_train.tdm_recipe import TdmRecipe
 
 TEACHER_STEPS = 25  # of the guided teacher that the student is compared with
 SHOWN = 16  # pictures on a sheet
+Judge = Callable[[np.ndarray], float]
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What is drawn: noise float32 [N, ...] and encoded prompts of as many rows, the empty prompt as often; claims: what the
-    prompts state, where the evaluator of the scenes world can read it."""
+    """What is drawn: noise float32 [N, ...] and encoded prompts of as many rows, the empty prompt as often; judge: the share of
+    pictures or clips that show all that their prompts state, where an evaluator can read them."""
 
     pipeline: Any
     noise: torch.Tensor
     text: Text
     empty: Text
-    claims: list[Claim]
+    judge: Judge | None
 
     def latents(self, denoise: Denoise, roles: Roles, times: list[float]) -> torch.Tensor:
         """Latents at the end of a trajectory on a grid, rising from 0."""
@@ -39,10 +39,10 @@ class Samples:
         return rollout(denoise, roles.schedule, self.noise, self.text, grid).states[0]
 
     def quality(self, latents: torch.Tensor) -> tuple[Quality, np.ndarray]:
-        """The numbers of the gates, and the pictures themselves."""
-        pictures, judged = decode(self.pipeline, latents), None
-        if self.claims:
-            judged = adherence(self.claims, load_evaluator().look(pictures)[1])[0]
+        """The numbers of the gates, and the pictures themselves, of a clip the frame in the middle."""
+        decoded = decode(self.pipeline, latents)
+        pictures = decoded[:, decoded.shape[1] // 2] if decoded.ndim == 5 else decoded
+        judged = self.judge(decoded) if self.judge else None
         return Quality(float(latents.square().mean().sqrt()), sharpness(pictures), judged), pictures
 
 
@@ -81,16 +81,16 @@ class Monitor:
 
 @torch.no_grad()
 def decode(pipeline: Any, latents: torch.Tensor) -> np.ndarray:
-    """Latents of unit scale -> uint8 [B, H, W, 3]; of a video the frame in the middle."""
+    """Latents of unit scale -> uint8 [B, H, W, 3]; of videos, [B, F, C, h, w] -> uint8 [B, frames, H, W, 3]."""
     vae = pipeline.vae.to(latents.device)
     if latents.ndim == 5:
-        decoded = pipeline.decode_latents(latents.to(vae.dtype))
-        decoded = decoded[:, :, decoded.shape[2] // 2]
+        decoded = pipeline.decode_latents(latents.to(vae.dtype)).transpose(1, 2)
     else:
         scaled = latents / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-        decoded = F.pixel_shuffle(vae.decode(scaled.to(vae.dtype), return_dict=False)[0], pixel_block(vae.config))
+        decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+    decoded = F.pixel_shuffle(decoded, pixel_block(vae.config))
     pixels = ((decoded.float().nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return pixels.movedim(-3, -1).cpu().numpy()
 
 
 def sharpness(pictures: np.ndarray) -> float:

@@ -3,6 +3,7 @@
 A recipe that exists is legal: whatever is not raises ValueError when it is made, before any work.
 """
 
+import math
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -43,13 +44,15 @@ class TdmRecipe:
     text_length: tokens that prompts are padded to, as student.json has it.
     sizes: "WIDTHxHEIGHT" in pixels, trained for equally many iterations one after the other; the last is the student's, and
     without any it is the teacher's own. frames, fps: of videos, 0 for pictures.
-    nfe: the K set of the student; one K alone needs no K-conditioning and gets none. A grid is g_i = last_timestep * i/K, or
-    the one of `grids` with K values, which fall (CogVideoX-2B: `((999, 856, 665, 399),)`); under alphas_cumprod it is rounded
+    nfe: the K set of the student. shares: how often each K is drawn, as weights; without any, all alike. k_conditioning:
+    student and fake score are told K; one K alone needs none. A grid is g_i = last_timestep * i/K, or the one of
+    `grids` with K values, which fall (CogVideoX-2B: `((999, 856, 665, 399),)`); under alphas_cumprod it is rounded
     down, so that last_timestep=899 gives the public demo's 899, 674, 449, 224. shift: of a flow's grid, at u = g_i/1000
     shift*u / (1 + (shift - 1)*u).
     ladder: K of the first rungs of `ladder_iterations` each, before the K set (16, 8 before 4).
     random_landing: the student's step lands between its grid's times (`randmid`).
     importance_clip: 1 leaves the importance weight out.
+    fake_updates: of the fake score in an iteration, each on trajectories of its own, before the student's on the last ones.
     teacher_weight: of the regulariser towards the teacher, in the velocity loss alone.
     teacher_warmup: iterations in which the student learns the guided teacher's x0 at its own states; `warmup` is the
     learning rates'.
@@ -74,6 +77,8 @@ class TdmRecipe:
     frames: int = 0
     fps: int = 0
     nfe: tuple[int, ...] = (1, 2, 3, 4)
+    shares: tuple[float, ...] = ()
+    k_conditioning: bool = True
     last_timestep: float = 999.0
     shift: float = 1.0
     grids: tuple[tuple[float, ...], ...] = ()
@@ -84,6 +89,7 @@ class TdmRecipe:
     random_landing: bool = False
     fake_loss: FakeLoss = "x0_minsnr"
     fake_target: FakeTarget = "x0_student"
+    fake_updates: int = 1
     importance_clip: float = 2.0
     teacher_weight: float = 0.02
     rho: Rho = "huber_elementwise"
@@ -131,7 +137,7 @@ class TdmRecipe:
         for size in self.sizes:
             if not re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", size):
                 self.refuse("sizes", "a tuple of sizes in pixels, such as ('512x512', '1024x1024')")
-        for name in ("text_length", "batch", "accumulation", "rank", "alpha", "samples"):
+        for name in ("text_length", "batch", "accumulation", "rank", "alpha", "samples", "fake_updates"):
             if getattr(self, name) < 1:
                 self.refuse(name, "1 or more")
         if self.sample_every < 0:
@@ -170,6 +176,8 @@ class TdmRecipe:
                 self.refuse(name, "different whole numbers from 1 on")
         if not self.nfe:
             self.refuse("nfe", "one NFE count or more")
+        if self.shares and (len(self.shares) != len(self.nfe) or not all(0 < share < math.inf for share in self.shares)):
+            self.refuse("shares", f"one number above 0 for each K of nfe={self.nfe}, or none")
         if not 0 < self.last_timestep <= TRAIN_TIMESTEPS:
             self.refuse("last_timestep", f"above 0 and up to {TRAIN_TIMESTEPS}")
         if not self.shift > 0:
@@ -211,7 +219,7 @@ class TdmRecipe:
     @property
     def steps_aware(self) -> bool:
         """Whether student and fake score are told K: with one K in all there is nothing to tell."""
-        return len({*self.nfe, *self.ladder}) > 1
+        return self.k_conditioning and len({*self.nfe, *self.ladder}) > 1
 
     def size_at(self, step: int) -> str | None:
         """The size of iteration `step`; None for the teacher's own."""
@@ -221,6 +229,10 @@ class TdmRecipe:
         """The K to draw from in iteration `step`: the rung of the ladder, and after it the K set."""
         rung = step // self.ladder_iterations if self.ladder else 0
         return self.ladder[rung : rung + 1] or self.nfe
+
+    def shares_at(self, step: int) -> tuple[float, ...]:
+        """The weights of `nfe_at(step)`; nothing where all are alike."""
+        return self.shares if self.nfe_at(step) == self.nfe else ()
 
     def objective(self) -> dict[str, Any]:
         """Every field that says how the student was taught, for student.json: all but what it says itself, and no folder."""

@@ -43,8 +43,9 @@ def train_tdm(recipe: TdmRecipe, out: Path, resume: bool) -> None:
     monitor = Monitor(texts.samples, roles, recipe, out)
     for step in run.steps():
         with run.accelerator.autocast():
-            batches = draw_batches(pipeline, roles, texts, recipe, run, step)
-            fake_loss, importance = update_fake_score(roles, batches, recipe, run)
+            for turn in range(recipe.fake_updates):
+                batches = draw_batches(pipeline, roles, texts, recipe, run, step, turn)
+                fake_loss, importance = update_fake_score(roles, batches, recipe, run)
             loss = update_student(roles, batches, recipe, run, warm_up=step < recipe.teacher_warmup)
         run.end_step(fake=fake_loss, student=loss, importance=importance)
         if monitor.due(step):
@@ -98,21 +99,22 @@ class Batch:
     student_tau: torch.Tensor
 
 
-def draw_batches(pipeline: Any, roles: Roles, texts: Texts, recipe: TdmRecipe, run: Run, step: int) -> list[Batch]:
-    """This process's micro-batches of an iteration, all of one K."""
+def draw_batches(pipeline: Any, roles: Roles, texts: Texts, recipe: TdmRecipe, run: Run, step: int, turn: int) -> list[Batch]:
+    """This process's micro-batches of the fake score's `turn` (0 ..) in an iteration, all of one K."""
     shape = latent_shape(recipe, pipeline, recipe.size_at(step) or own_size(pipeline))
-    nfe = draw_nfe(recipe.seed, step, recipe.nfe_at(step))
+    draws = step * recipe.fake_updates + turn
+    nfe = draw_nfe(recipe.seed, draws, recipe.nfe_at(step), recipe.shares_at(step))
     first = run.rank * recipe.accumulation * recipe.batch
     starts = range(first, first + recipe.accumulation * recipe.batch, recipe.batch)
-    return [draw_batch(roles, texts, recipe, step, range(start, start + recipe.batch), nfe, shape) for start in starts]
+    return [draw_batch(roles, texts, recipe, draws, range(start, start + recipe.batch), nfe, shape) for start in starts]
 
 
 def draw_batch(
-    roles: Roles, texts: Texts, recipe: TdmRecipe, step: int, samples: range, nfe: int, shape: tuple[int, ...]
+    roles: Roles, texts: Texts, recipe: TdmRecipe, draws: int, samples: range, nfe: int, shape: tuple[int, ...]
 ) -> Batch:
     """Prompts at random, the student's trajectories for them, and one step of each at random."""
     device = texts.empty.emb.device
-    drawn = draw(recipe.seed, step, samples, len(texts.prompts.emb), nfe, shape, device)
+    drawn = draw(recipe.seed, draws, samples, len(texts.prompts.emb), nfe, shape, device)
     text, times = texts.prompts.select(drawn.row.cpu()).to(device), torch.tensor(recipe.grid(nfe), device=device)
     trajectory = rollout(roles.student, roles.schedule, drawn.noise, text, times)
     start, landing = times[drawn.i], times[drawn.i - 1]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import settings
 
 from server.gateway.inprocess_backend import InProcessBackend
 from server.jobs.storage import Storage, open_storage
@@ -30,6 +31,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Device locks of this run's own: a video waits for every image on its device, also for those of other runs on this machine.
 LOCKS = tempfile.TemporaryDirectory(prefix="fewstep-test-locks-")
 os.environ.setdefault("FEWSTEP_LOCKS", LOCKS.name)
+
+# Examples are the same in every run, so that a run goes red by a change alone; `HYPOTHESIS_PROFILE=default make test` looks
+# for new ones. How long one takes is no property of ours.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 ROOT = Path(__file__).resolve().parent.parent
 

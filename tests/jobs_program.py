@@ -1,4 +1,4 @@
-"""A small server without HTTP, for tests to kill: takes in one clip, makes it with a real student in process, keeps its files.
+"""A small server without HTTP, for tests to kill: takes in one job, makes it with a real student in process, keeps its files.
 
 It runs in processes of its own, forked from one that has imported everything, which saves a second each time. At the point that
 is named to it, it sends itself a signal; the points lie around the product's own calls, which know nothing of them.
@@ -39,8 +39,8 @@ POINTS = (
     "before the update commits",
     "after the update commits",
 )
-STUDENT, NFE = "cogvideox-2b", 4
-REQUEST = {"prompt": "a red circle moves left", "seed": 7, "size": "48x32"}
+NFE = 4
+REQUEST = {"prompt": "a red circle moves left", "seed": 7}
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([__name__])
@@ -48,8 +48,8 @@ PROCESSES.set_forkserver_preload([__name__])
 
 @dataclass(frozen=True)
 class Program:
-    """Where it keeps things, what it serves with, and when it sends itself which signal. ahead: seconds by which its clock is
-    ahead of the time, as after a long while without a server."""
+    """Where it keeps things, a repository of one student, and when it sends itself which signal. ahead: seconds by which its
+    clock is ahead of the time, as after a long while without a server."""
 
     url: str
     folder: Path
@@ -71,6 +71,8 @@ class Program:
         return process
 
     def main(self) -> None:
+        # A device of its own, as on a machine of its own: a process that is stopped may be stopped while it holds its device.
+        os.environ["FEWSTEP_LOCKS"] = str(self.folder / f"locks-{os.getpid()}")
         asyncio.run(self.serve())
 
     async def serve(self) -> None:
@@ -91,18 +93,20 @@ class Program:
         await backend.stop()
 
     def maker(self, backend: InProcessBackend) -> Make:
-        """What is made is logged; the bytes of the frames are file enough here."""
+        """What is made is logged; the bytes of the pixels are file enough here."""
 
         async def make(job: Job, on_progress: OnProgress) -> Result:
             def on_step(executed: int) -> None:
-                on_progress(executed)
+                if self.signal == signal.SIGSTOP:
+                    self.finish_writing()
                 self.reached(f"at NFE {executed}")
+                on_progress(executed)
 
             with (self.folder / "executions").open("a") as log:
                 log.write(f"{job.id}\n")
-            asked = job.request
-            request = GenerationRequest(STUDENT, asked["prompt"], asked["seed"], 0, job.nfe, asked["size"])
-            made = await backend.generate(request, on_step=on_step)
+            (card,) = backend.students.values()
+            asked = GenerationRequest(card.name, job.request["prompt"], job.request["seed"], 0, job.nfe, card.default_size)
+            made = await backend.generate(asked, on_step=on_step)
             pixels = made.image.tobytes()
             facts = Facts(hashlib.sha256(pixels).hexdigest(), made.fingerprint, made.round_trip / 1e9, 0.0, {})
             return Result({"video": pixels}, facts)
@@ -112,6 +116,11 @@ class Program:
     def reached(self, point: str) -> None:
         if point == self.point:
             os.kill(os.getpid(), self.signal)
+
+    def finish_writing(self) -> None:
+        """Waits for what other threads write, so that no SIGSTOP comes while one of them has SQLite's only lock."""
+        with JobStore(self.url).database.writing():
+            pass
 
     def place_points(self, store: JobStore) -> None:
         """Those that do not lie in `maker`."""

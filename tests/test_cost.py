@@ -74,6 +74,9 @@ def test_evaluations_follow_the_k_set_the_ladder_and_the_regulariser(miniatures:
     assert cost_of(base, 1).forwards == 2.5 + 5
     assert cost_of(replace(base, nfe=(4,)), 1).forwards == 4 + 5
     assert cost_of(replace(base, nfe=(4,), fake_loss="velocity"), 1).forwards == 4 + 6
+    assert cost_of(replace(base, shares=(3, 1, 1, 1)), 1).forwards == 2 + 5
+    twice = cost_of(replace(base, nfe=(4,), fake_updates=2), 1)
+    assert (twice.forwards, twice.backwards) == (2 * (4 + 1) + 4, 3)
     laddered = replace(base, nfe=(4,), ladder=(8,), ladder_iterations=10)
     assert cost_of(laddered, 1).forwards == 6 + 5
 

@@ -69,7 +69,7 @@ def test_samples_are_decoded_as_the_pipeline_decodes_them(name: str, miniatures:
         latents = torch.randn(1, 3, 4, 4, 6)
         with torch.no_grad():
             frames = pipeline.video_processor.postprocess_video(pipeline.decode_latents(latents), output_type="np")
-        expected = frames[:, frames.shape[1] // 2]
+        expected = frames
     else:
         latents = torch.randn(2, 4, 8, 12)
         with torch.no_grad():

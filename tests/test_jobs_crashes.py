@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -25,23 +26,21 @@ NewProgram = Callable[..., Program]
 
 
 @pytest.fixture
-def program(jobs_url: str, tmp_path: Path, video_repository: Path) -> NewProgram:
-    """Makes programs that share one database and one folder and serve the miniature video student alone."""
-    repository = tmp_path / "repository"
-    repository.mkdir()
-    (repository / "cogvideox-2b").symlink_to(video_repository / "cogvideox-2b")
-    return lambda **given: Program(jobs_url, tmp_path, repository, **given)
+def program(jobs_url: str, tmp_path: Path, tiny_repository: Path) -> NewProgram:
+    """Makes programs that share a database and a folder and serve the small random student, which starts in no time."""
+    return partial(Program, jobs_url, tmp_path, tiny_repository)
 
 
 @pytest.fixture(scope="module")
-def pixels(tmp_path_factory: pytest.TempPathFactory, video_repository: Path) -> str:
-    """The digest of the frames as nobody has disturbed their making."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "repository").mkdir()
-    (folder / "repository/cogvideox-2b").symlink_to(video_repository / "cogvideox-2b")
-    alone = Program(f"sqlite:///{folder}/jobs.sqlite", folder, folder / "repository")
-    assert alone.run() == 0
-    return the_job(alone).pixel_sha256 or ""
+def pixels(tmp_path_factory: pytest.TempPathFactory, tiny_repository: Path) -> str:
+    """The digest of its pixels as nobody has disturbed their making."""
+    return undisturbed(tmp_path_factory.mktemp("undisturbed"), tiny_repository)
+
+
+def undisturbed(folder: Path, repository: Path) -> str:
+    program = Program(f"sqlite:///{folder}/jobs.sqlite", folder, repository)
+    assert program.run() == 0
+    return the_job(program).pixel_sha256 or ""
 
 
 def the_job(program: Program) -> Job:
@@ -67,7 +66,7 @@ def stopped(process: ForkServerProcess) -> bool:
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
-def check_the_clip(program: Program, pixels: str) -> Job:
+def check_the_job(program: Program, pixels: str) -> Job:
     """One job, complete, with its pixels and nothing else in the storage, and nobody about to make it again."""
     job, store, files = the_job(program), JobStore(program.url), LocalStorage(program.folder / "files")
     assert (job.status, job.pixel_sha256, job.progress) == ("completed", pixels, 100)
@@ -87,12 +86,26 @@ def test_a_server_that_is_killed_loses_no_job_and_makes_it_once_in_effect(progra
     acknowledged = told.read_text() if told.exists() else None
     assert (acknowledged is None) == (point in POINTS[:2])
     assert again.run() == 0
-    job = check_the_clip(again, pixels)
+    job = check_the_job(again, pixels)
     assert acknowledged in (None, job.id)
     assert executions(again) == (2 if point in BEGUN else 1)
 
 
-def test_a_clip_that_kills_its_server_three_times_is_not_tried_again(program: NewProgram) -> None:
+@pytest.mark.slow
+def test_the_frames_of_a_clip_are_those_of_a_server_that_was_not_killed(
+    jobs_url: str, tmp_path: Path, video_repository: Path
+) -> None:
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository/cogvideox-2b").symlink_to(video_repository / "cogvideox-2b")
+    (tmp_path / "undisturbed").mkdir()
+    frames = undisturbed(tmp_path / "undisturbed", tmp_path / "repository")
+    assert Program(jobs_url, tmp_path, tmp_path / "repository", "at NFE 2").run() == -signal.SIGKILL
+    again = Program(jobs_url, tmp_path, tmp_path / "repository", ahead=HOUR)
+    assert again.run() == 0
+    check_the_job(again, frames)
+
+
+def test_a_job_that_kills_its_server_three_times_is_not_tried_again(program: NewProgram) -> None:
     for attempt in range(3):
         assert program(point="at NFE 2", ahead=attempt * HOUR).run() == -signal.SIGKILL
     assert program(point="at NFE 2", ahead=3 * HOUR).run() == 0
@@ -105,25 +118,23 @@ def test_a_server_that_is_told_to_end_leaves_its_job_for_the_next_to_take_at_onc
     left = the_job(program())
     assert (left.status, left.attempts) == ("queued", 0)
     assert program().run() == 0  # by a clock that is not ahead
-    assert check_the_clip(program(), pixels).attempts == 1
+    assert check_the_job(program(), pixels).attempts == 1
 
 
-@pytest.mark.parametrize("point", ["at NFE 2", "before the file is renamed", "before the update commits"])
-def test_a_server_that_wakes_up_when_its_lease_is_over_changes_nothing(
-    program: NewProgram, pixels: str, point: str, request: pytest.FixtureRequest
-) -> None:
-    if point == "before the update commits" and "sqlite" in request.node.name:
-        pytest.skip("it stops with SQLite's only write lock, so that nobody else can take the job")
-    late = program(point=point, signal=signal.SIGSTOP).start()
-    until(lambda: stopped(late))
-    assert program(ahead=HOUR).run() == 0
-    before = check_the_clip(program(), pixels)
-    assert before.attempts == 2
+def test_a_server_that_wakes_up_when_its_lease_is_over_changes_nothing(program: NewProgram, pixels: str) -> None:
+    late = program(point="at NFE 2", signal=signal.SIGSTOP).start()
     assert late.pid
-    os.kill(late.pid, signal.SIGCONT)
-    late.join(PATIENCE)
-    assert late.exitcode == 0
-    after = check_the_clip(program(), pixels)
+    try:
+        until(lambda: stopped(late))
+        assert program(ahead=HOUR).run() == 0
+        before = check_the_job(program(), pixels)
+        assert before.attempts == 2
+        os.kill(late.pid, signal.SIGCONT)
+        late.join(PATIENCE)
+        assert late.exitcode == 0
+    finally:
+        late.kill()
+    after = check_the_job(program(), pixels)
     assert (after.completed_at, after.lease_token) == (before.completed_at, before.lease_token)
 
 

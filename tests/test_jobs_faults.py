@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from server.jobs.errors import JobsMisconfigured, StorageUnavailable, StoreUnavailable
 from server.jobs.models import Job
@@ -224,6 +225,21 @@ def test_a_connection_that_the_server_has_ended_is_replaced(postgres: Postgres) 
     assert store.get(job.id, "ann").id == job.id
     store.close()
     other.close()
+
+
+def test_a_process_that_is_stopped_in_a_transaction_loses_its_locks(postgres: Postgres) -> None:
+    url = postgres.new_database()
+    slow, store = JobStore(url, wait_seconds=WAIT_SECONDS), JobStore(url)
+    job = create(store)
+    session = slow.database.engine.connect()
+    session.execute(text("SELECT * FROM jobs FOR UPDATE"))
+    assert store.cancel(job.id, "ann").status == "failed"  # waits, but not for ever
+    with pytest.raises(DBAPIError, match="idle-in-transaction"):
+        session.execute(text("UPDATE jobs SET status = 'queued'"))
+    session.close()
+    assert store.get(job.id, "ann").status == "failed"
+    slow.close()
+    store.close()
 
 
 def test_what_is_no_database_is_unavailable_and_says_so(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tdm_train.draws import draw_nfe
 from tdm_train.tdm_recipe import TdmRecipe
 
 
@@ -27,6 +28,9 @@ from tdm_train.tdm_recipe import TdmRecipe
         ({"nfe": ()}, "legal: one NFE count or more"),
         ({"nfe": (0, 4)}, r"nfe=\(0, 4\), legal: different whole numbers from 1 on"),
         ({"nfe": (4, 4)}, "legal: different whole numbers from 1 on"),
+        ({"shares": (2.0, 1.0)}, r"shares=\(2.0, 1.0\), legal: one number above 0 for each K of nfe=\(1, 2, 3, 4\), or none"),
+        ({"shares": (1.0, 1.0, 1.0, 0.0)}, "legal: one number above 0 for each K"),
+        ({"fake_updates": 0}, "fake_updates=0, legal: 1 or more"),
         ({"last_timestep": 1001}, "last_timestep=1001, legal: above 0 and up to 1000"),
         ({"grids": (999, 499)}, r"legal: a tuple of grids, such as \(\(999, 856, 665, 399\),\)"),
         ({"grids": ((999, 800, 600, 400, 200),)}, "at most one for each K of nfe="),
@@ -57,6 +61,14 @@ def test_a_ladder_comes_down_rung_by_rung_to_the_k_set() -> None:
     recipe = TdmRecipe(nfe=(1, 4), ladder=(16, 8), ladder_iterations=10, iterations=100)
     assert [recipe.nfe_at(step) for step in (0, 9, 10, 19, 20, 99)] == [(16,), (16,), (8,), (8,), (1, 4), (1, 4)]
     assert TdmRecipe().nfe_at(0) == (1, 2, 3, 4)
+
+
+def test_a_k_with_twice_the_share_is_drawn_twice_as_often_and_a_rung_of_a_ladder_always() -> None:
+    recipe = TdmRecipe(shares=(2, 1, 1, 1), ladder=(8,), ladder_iterations=5)
+    drawn = [draw_nfe(recipe.seed, step, recipe.nfe_at(step), recipe.shares_at(step)) for step in range(2000)]
+    assert set(drawn[:5]) == {8}
+    counts = [drawn[5:].count(nfe) / len(drawn[5:]) for nfe in recipe.nfe]
+    assert counts == pytest.approx([0.4, 0.2, 0.2, 0.2], abs=0.05)
 
 
 def test_the_objective_tells_every_field_but_where_the_teacher_lay() -> None:

@@ -60,7 +60,7 @@ MINIATURE = {"text_length": 128, "batch": 2, "prompts": 4, "ema": 0.0}
 
 def test_other_variants_of_the_objective_make_other_students(tmp_path: Path, miniatures: Callable[[str], Path]) -> None:
     exact = {"fake_loss": "velocity", "fake_target": "subinterval_dsm", "rho": "huber_vector", "random_landing": True}
-    variants = [{}, exact, {"interval": "to_terminal", "rho": "mse"}, {"teacher_warmup": 2}]
+    variants = [{}, exact, {"interval": "to_terminal", "rho": "mse"}, {"teacher_warmup": 2}, {"fake_updates": 2}]
     weights = []
     for index, variant in enumerate(variants):
         folder = distil(tmp_path / str(index), 2, teacher=str(miniatures("pixart_sigma")), **MINIATURE, **variant)
@@ -69,6 +69,13 @@ def test_other_variants_of_the_objective_make_other_students(tmp_path: Path, min
         assert student.description.training["rho"] == variant.get("rho", "huber_elementwise")
     assert all(bool(vector.isfinite().all()) for vector in weights)
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(weights, 2))
+
+
+def test_a_student_that_is_told_no_k_still_serves_every_k(tmp_path: Path) -> None:
+    student = load_student(distil(tmp_path, 1, k_conditioning=False))
+    assert not student.description.k_conditioning
+    assert student.description.nfe == [1, 2, 3, 4]
+    assert set(sampler_tables(student)) == {"1", "2", "3", "4"}
 
 
 def test_a_student_states_the_grids_that_its_sampler_does_not_have(tmp_path: Path, miniatures: Callable[[str], Path]) -> None:

@@ -315,7 +315,7 @@ def test_a_closed_stream_stops_the_work_and_harms_no_mate(bundled_repository: Pa
         async with running(bundled_repository) as backend:
             before = await settled(backend)
             tasks = [asyncio.create_task(backend.generate(bundled_request(seed))) for seed in range(24)]
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)  # by then Triton has heard of all
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)  # by then Triton has heard of most
             for task in tasks[::2]:
                 task.cancel()
             outcomes = await asyncio.gather(*tasks, return_exceptions=True)
@@ -326,9 +326,12 @@ def test_a_closed_stream_stops_the_work_and_harms_no_mate(bundled_repository: Pa
                 if isinstance(outcome, Generated):
                     assert np.array_equal(outcome.image, engine.run(Request("a red circle", seed, 0, 4, "128x128")).image)
             gained = {name: after[name] - before.get(name, 0.0) for name in after}
-            assert gained["fewstep_finished_total"] == 24
-            assert 0 < gained["fewstep_cancelled_total"] <= 24 - len(kept), "a few may have been done when they were cancelled"
-            assert gained["fewstep_steps_requested_total"] == 24 * 4
+            heard = gained["fewstep_finished_total"]
+            assert len(kept) <= heard <= 24, "who leaves before Triton has heard of it is none of its requests"
+            assert 0 < gained["fewstep_cancelled_total"] <= heard - len(kept), (
+                "a few may have been done when they were cancelled"
+            )
+            assert gained["fewstep_steps_requested_total"] == heard * 4
             assert len(kept) * 4 <= gained["fewstep_steps_executed_total"] < 24 * 4
             assert after["fewstep_in_flight"] == after["fewstep_queue_depth"] == 0
 

@@ -92,8 +92,13 @@ def open_engine(where: URL, wait_seconds: float) -> Engine:
     if where.get_backend_name() == "sqlite":
         return open_sqlite(where, wait_seconds)
     # Commits wait for the disk, whatever the server's default is.
-    waits = f"-c lock_timeout={wait_seconds * 1000:.0f} -c statement_timeout={wait_seconds * 2000:.0f}"  # milliseconds
-    options = f"-c synchronous_commit=on {waits}"
+    # A process that is stopped in the middle of a transaction would keep its locks for as long as it is.
+    milliseconds = {
+        "lock_timeout": 1000 * wait_seconds,
+        "statement_timeout": 2000 * wait_seconds,
+        "idle_in_transaction_session_timeout": 2000 * wait_seconds,
+    }
+    options = " ".join(["-c synchronous_commit=on", *(f"-c {name}={value:.0f}" for name, value in milliseconds.items())])
     try:
         return create_engine(
             where,

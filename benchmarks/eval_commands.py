@@ -1,0 +1,116 @@
+"""`fewstep eval` and `fewstep eval-video`."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.terminal import one_line_errors
+
+ROOT = Path(__file__).resolve().parent.parent
+Captions = Annotated[int, typer.Option(min=2, help="how many held-out captions")]
+Guidance = Annotated[str, typer.Option(help="guidance of the teacher's rows")]
+Seed = Annotated[int, typer.Option(min=0, max=999, help="which captions and which noise")]
+Counts = Annotated[str, typer.Option(help="NFE counts of the students")]
+Students = Annotated[list[Path] | None, typer.Option("--student", help="a student folder or an exported student; repeatable")]
+Plot = Annotated[Path | None, typer.Option(help="write a plot of both measures over NFE")]
+OnlyStudents = Annotated[bool, typer.Option("--only-students", help="leave autoencoder and teacher out")]
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """The numbers above 0 of an option, with commas between. Raises ValueError for anything else."""
+    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", text) or min(map(float, text.split(","))) <= 0:
+        raise ValueError(f"{option} {text!r}: legal are numbers above 0 with commas between, e.g. 1,4")
+    return [float(number) for number in text.split(",")]
+
+
+def nfe_counts(text: str) -> list[int]:
+    counts = numbers("--nfe", text)
+    if any(count != int(count) for count in counts):
+        raise ValueError(f"--nfe {text!r}: legal are whole numbers with commas between, e.g. 1,4")
+    return [int(count) for count in counts]
+
+
+def evaluate(
+    student: Students = None,
+    url: Annotated[str | None, typer.Option(help="a running server, in place of --student")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="FEWSTEP_API_KEY", help="of that server, where it wants one")] = None,
+    nfe: Counts = "1,2,3,4",
+    captions: Captions = 500,
+    teacher: Annotated[Path, typer.Option(help="a teacher folder")] = ROOT / "tdm_train/scenes/teacher",
+    guidance: Guidance = "2,3",
+    seed: Seed = 0,
+    only_students: OnlyStudents = False,
+    grid: Annotated[Path | None, typer.Option(help="write a picture of the first captions, one column per row")] = None,
+    plot: Plot = None,
+) -> None:
+    """Measures prompt adherence and Fréchet distance of renders, autoencoder, teacher and students.
+
+    Students that differ by their training seed alone are told with their mean and sample standard deviation as well.
+
+    Examples: fewstep eval --nfe 1,4 --captions 100 --grid grid.png; fewstep eval --url http://127.0.0.1:8000; fewstep eval
+    --student runs/a/student --student runs/b/student --captions 1000 --plot quality.png
+    """
+    with one_line_errors("train"):
+        from benchmarks import quality
+        from benchmarks.evaluate import Evaluation, Teacher, caller, check_nfe, draw_grid, server_rows, student_rows
+
+        if student and url:
+            raise ValueError("--student and --url exclude each other")
+        counts, scales = nfe_counts(nfe), numbers("--guidance", guidance)
+        folders = student or [ROOT / "model_repository/scenes"]
+        names, server = quality.names_of(folders), caller(url, api_key) if url else None
+        for folder in folders:
+            check_nfe(folder, server, counts)
+        evaluation = Evaluation(captions, seed)
+        rows = [evaluation.rendered()]
+        if not only_students:
+            judge = Teacher(teacher, evaluation)
+            rows += [judge.autoencoder(), *(judge.row(25, scale) for scale in scales)]
+            rows += [judge.row(4, scales[-1]), judge.row(2, scales[-1]), judge.row(4, 1.0)]
+        if server:
+            students, groups = [server_rows(server, counts, evaluation)], []
+        else:
+            students = [student_rows(folder, counts, evaluation, name) for folder, name in zip(folders, names, strict=True)]
+            groups = quality.groups_of(folders, students)
+        rows += [row for made in students for row in made]
+        quality.tell(rows, groups, captions, seed, plot)
+        if grid:
+            draw_grid(rows, evaluation.captions, grid)
+
+
+def evaluate_video(
+    teacher: Annotated[Path, typer.Option(help="a teacher folder of clips, as `fewstep train motion_teacher` writes it")],
+    student: Annotated[list[Path] | None, typer.Option(help="a student folder of clips; repeatable")] = None,
+    nfe: Counts = "1,2,3,4",
+    captions: Captions = 500,
+    guidance: Guidance = "2,3",
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="DDIM steps of the teacher")] = 50,
+    seed: Seed = 0,
+    strips: Annotated[Path | None, typer.Option(help="write a picture of the first captions, frames of every row")] = None,
+    plot: Plot = None,
+) -> None:
+    """Measures adherence (motion and speed included) and Fréchet distance of rendered clips, autoencoder, teacher and students.
+
+    Examples: fewstep eval-video --teacher runs/motion_teacher/teacher --captions 100 --strips strips.png; fewstep eval-video
+    --teacher runs/motion_teacher/teacher --student runs/motion_tdm/student --plot quality.png
+    """
+    with one_line_errors("train"):
+        from benchmarks import quality
+        from benchmarks.evaluate import check_nfe
+        from benchmarks.evaluate_video import VideoEvaluation, VideoTeacher, draw_strips, student_rows
+
+        counts, scales, folders = nfe_counts(nfe), numbers("--guidance", guidance), student or []
+        names = quality.names_of(folders)
+        for folder in folders:
+            check_nfe(folder, None, counts)
+        evaluation = VideoEvaluation(captions, seed)
+        judge = VideoTeacher(teacher, evaluation)
+        rows = [evaluation.rendered(), judge.autoencoder(), *(judge.row(steps, scale) for scale in scales)]
+        rows += [judge.row(4, scales[-1]), judge.row(4, 1.0)]
+        students = [student_rows(folder, counts, evaluation, name) for folder, name in zip(folders, names, strict=True)]
+        rows += [row for made in students for row in made]
+        quality.tell(rows, quality.groups_of(folders, students), captions, seed, plot)
+        if strips:
+            draw_strips(rows, strips)
