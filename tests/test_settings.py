@@ -97,6 +97,12 @@ def test_the_engine_s_own_variable_and_empty_variables_are_no_mistake(monkeypatc
         ("cors_origins", "https://a.example/path"),
         ("log_format", "xml"),
         ("max_body_bytes", 1),
+        ("jobs_storage", "gs://bucket"),
+        ("jobs_storage", "s3://"),
+        ("video_workers", -1),
+        ("video_attempts", 0),
+        ("video_ttl_seconds", 0),
+        ("max_video_queue_seconds", "nan"),
     ],
 )
 def test_an_illegal_value_is_one_line_with_its_name_origin_and_value(name: str, value: Any) -> None:
@@ -179,6 +185,23 @@ def test_a_secret_is_in_no_complaint_and_no_representation(monkeypatch: pytest.M
     assert short not in result.output
     monkeypatch.setenv("FEWSTEP_URL_SECRET", CANARY)
     assert CANARY not in check("--set", f"url_secret={CANARY}", "--set", f"url_secret={CANARY}").output
+
+
+@pytest.mark.parametrize("url", ["mysql://me:{}@host/jobs", "postgresql:{}", "sqlite://", "{}"])
+def test_the_database_of_jobs_is_one_that_is_known_and_its_password_is_in_no_complaint(url: str) -> None:
+    (line,) = complaints({"jobs_url": url.format(CANARY)})
+    assert line.startswith("jobs_url (flag): ")
+    assert "sqlite:///FILE and postgresql://USER:PASSWORD@HOST/DATABASE" in line
+    assert CANARY not in line
+
+
+def test_the_database_of_jobs_is_masked_since_it_may_hold_a_password() -> None:
+    url = f"postgresql://me:{CANARY}@host/jobs"
+    assert CANARY not in repr(load({"jobs_url": url})[0])
+    result = check("--set", f"jobs_url={url}", "--set", "jobs_storage=s3://bucket/videos", "--set", "video_workers=0")
+    assert result.exit_code == 0
+    assert '# jobs_url = "**********"' in result.output
+    assert CANARY not in result.output
 
 
 def test_check_says_each_mistake_in_a_line_and_ends_with_1() -> None:
