@@ -17,10 +17,12 @@ REQUESTS = 20
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
 
 
-def profile(server: Server, folder: Path, *more: str) -> dict[str, Any]:
+def profile(server: Server, folder: Path, *more: str, kind: str = "image") -> dict[str, Any]:
     """AIPerf's own report on a run in `folder`, which is its home as well."""
     assert INSTALLED.exists(), "AIPerf is not installed: run `make aiperf`"
-    (script,) = (block for block in BLOCKS if "aiperf profile" in block)
+    images, videos = (block for block in BLOCKS if "aiperf profile" in block)
+    files = images.partition(".venv/aiperf")[0]
+    script = images if kind == "image" else files + videos.replace("--model motion", "--model tiny-video")
     script = script.replace(".venv/aiperf/bin/aiperf", str(INSTALLED)).replace("http://127.0.0.1:8000", server.url)
     script = script.replace("cp model_repository", f"cp {ROOT}/model_repository").rstrip() + " " + " ".join(more)
     # With HF_HUB_OFFLINE it would refuse a local tokenizer folder.
@@ -48,3 +50,14 @@ def test_it_measures_every_request_without_an_error(triton_server: Server, tmp_p
     assert 1 < latency["min"] <= latency["p50"] <= latency["p99"] <= latency["max"] < duration
     assert latency["avg"] * REQUESTS <= 2.1 * duration  # two at a time
     assert not more or report["http_req_chunks_received"]["avg"] > 1
+
+
+@pytest.mark.slow
+def test_it_makes_waits_for_and_downloads_every_video(clips_server: Server, tmp_path: Path) -> None:
+    report = profile(clips_server, tmp_path, kind="video")
+    assert report["is_complete"]
+    assert report["error_summary"] == []
+    assert report["request_error_rate"]["avg"] == 0
+    assert report["request_count"]["avg"] == report["completed_request_count"]["avg"] == 8
+    assert report["video_inference_time"]["min"] > 0
+    assert report["video_peak_memory"]["min"] > 10
