@@ -213,17 +213,17 @@ def with_set(flags: dict[str, object], changes: list[str] | None) -> dict[str, o
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="what the picture shows")],
-    out: Annotated[Path, typer.Option(help="a .png, .jpg or .webp file")],
+    prompt: Annotated[str, typer.Argument(help="what is shown")],
+    out: Annotated[Path, typer.Option(help="a .png, .jpg or .webp file; of a student of videos .mp4, .webp or .gif")],
     seed: Annotated[int, typer.Option(help="0 to 2^64 - 1")] = 0,
     nfe: Annotated[int | None, typer.Option(help="denoiser evaluations; default: the student's")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT; default: the student's")] = None,
-    student: Annotated[str | None, typer.Option(help="name of the student; default: the first")] = None,
+    student: Annotated[str | None, typer.Option(help="name of the student; default: the first that makes such files")] = None,
     embed_prompt: Annotated[bool, typer.Option(help="keep the prompt in the PNG, for `fewstep replay`")] = False,
     trace: Annotated[Path | None, typer.Option(help="write a trace of the stages, for ui.perfetto.dev")] = None,
     model_repository: Annotated[Path, typer.Option(help="where exported students live")] = ROOT / "model_repository",
 ) -> None:
-    """Makes one picture in this process, without any server.
+    """Makes one picture or video in this process, without any server.
 
     Example: fewstep generate "a red circle above a blue square" --seed 7 --nfe 4 --out out.png
     """

@@ -149,6 +149,8 @@ class Model(Answer):
     default_nfe: int
     sizes: list[str]
     default_size: str
+    frames: int | None = Field(description="of a video")
+    fps: int | None = Field(description="of a video")
     max_prompt_characters: int
     fingerprint: str
 

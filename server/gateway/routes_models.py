@@ -80,6 +80,8 @@ def describe(card: StudentCard, request: Request) -> dict[str, Any]:
         "default_nfe": card.default_nfe,
         "sizes": list(card.sizes),
         "default_size": card.default_size,
+        "frames": card.frames,
+        "fps": card.fps,
         "max_prompt_characters": card.max_prompt_characters,
         "fingerprint": card.fingerprint,
     }

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from server.gateway.broadcast import Ear, Executed, Happened, Partial
@@ -28,30 +29,48 @@ async def events(jobs: VideoJobs, drain: Drain, job_id: str, owner: str) -> Asyn
 
     Raises NoSuchJob or StoreUnavailable."""
     with jobs.broadcast.listening(job_id) as ear:
-        job, heard = await beside(jobs.store.get, job_id, owner), None
+        state: State | None = State(await beside(jobs.store.get, job_id, owner))
         said: dict[str, Any] = {}
         spoken = time.monotonic()
-        while True:
-            if (state := document(job, heard)) != said:
-                yield frame(f"video.{job.status}", {"video": state})
-                said, spoken = state, time.monotonic()
-            if job.ended or drain.draining:
+        while state:
+            if state.document != said:
+                said, spoken = state.document, time.monotonic()
+                yield frame(f"video.{state.job.status}", {"video": said})
+            if state.job.ended or drain.draining:
                 return
             happened = await next_of(ear)
             if isinstance(happened, Partial):
-                yield await partial_image(jobs, job, happened)
-            elif isinstance(happened, Executed):
-                heard = happened.nfe
+                yield await partial_image(jobs, state.job, happened)
             if time.monotonic() - spoken > QUIET_SECONDS:
-                yield COMMENT
                 spoken = time.monotonic()
-            if happened is None or job.status == "queued":
-                try:
-                    before, job = job, await beside(jobs.store.get, job_id, owner)
-                except NoSuchJob:
-                    yield frame("video.deleted", {"video": deleted(job_id)})
-                    return
-                heard = heard if job.lease_token == before.lease_token else None
+                yield COMMENT
+            state = await following(jobs, state, happened)
+        yield frame("video.deleted", {"video": deleted(job_id)})
+
+
+@dataclass(frozen=True)
+class State:
+    """A job as the database had it, and how many NFEs of its present attempt were heard of since."""
+
+    job: Job
+    executed_nfe: int | None = None
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return document(self.job, self.executed_nfe)
+
+
+async def following(jobs: VideoJobs, state: State, happened: Happened | None) -> State | None:
+    """The state after what was heard; when that was nothing, or cannot be of a job that waits, the database is asked. None once
+    the job is deleted."""
+    executed = happened.nfe if isinstance(happened, Executed) else state.executed_nfe
+    if happened and state.job.status == "in_progress":
+        return State(state.job, executed)
+    try:
+        job = await beside(jobs.store.get, state.job.id, state.job.owner)
+    except NoSuchJob:
+        return None
+    return State(job, executed if happened or job.lease_token == state.job.lease_token else None)
 
 
 async def next_of(ear: Ear) -> Happened | None:

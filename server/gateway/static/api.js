@@ -11,10 +11,10 @@ export class ApiError extends Error {
   }
 }
 
-/** The served students, the default one first. */
+/** The served students that make pictures, the default one first. */
 export async function listStudents(key) {
   const answer = await ask("/v1/models", { headers: authorization(key) });
-  return (await answer.json()).data;
+  return (await answer.json()).data.filter((student) => student.media_type === "image");
 }
 
 /**
