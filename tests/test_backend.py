@@ -14,6 +14,7 @@ from server.engine.engine import Engine, Request
 from server.gateway.backend import Backend, Generated, GenerationRequest
 from server.gateway.inprocess_backend import InProcessBackend
 from server.gateway.triton_backend import TritonBackend
+from tests.tiny_video import build_tiny_video
 
 SIZE, SHAPE = "48x32", (17, 32, 48, 3)
 BACKENDS = [
@@ -79,3 +80,42 @@ def test_the_steps_of_an_image_are_told_as_those_of_a_video(kind: Any, video_rep
         return heard
 
     assert served(kind, video_repository, ask) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_a_video_of_full_size_passes_with_all_its_frames(kind: Any, tmp_path: Path) -> None:
+    """49 frames of 720x480, as CogVideoX-2B makes them: 51 MB in one message."""
+    build_tiny_video(tmp_path, "720x480", (3, 2, 2, 2, 2, 2))
+    request = GenerationRequest("tiny-video", "a", 7, 0, 2, "720x480", previews=(1,))
+
+    async def ask(backend: Backend) -> tuple[Generated, list[Any]]:
+        heard: list[Any] = []
+        return await backend.generate(request, lambda step, image: heard.append(image.shape)), heard
+
+    made, heard = served(kind, tmp_path, ask)
+    assert made.image.nbytes == 49 * 480 * 720 * 3
+    assert heard == [(9, 480, 720, 3)]
+    alone = Engine.open(tmp_path / "tiny-video").run(Request("a", 7, 0, 2, "720x480"))
+    assert np.array_equal(made.image, alone.image)
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_videos_and_images_at_once_are_those_made_alone_whoever_is_cancelled(kind: Any, video_repository: Path) -> None:
+    asked = [replace(VIDEO, seed=seed, nfe=1 + seed % 4) for seed in range(8)] + [
+        replace(IMAGE, seed=seed) for seed in range(8)
+    ]
+
+    async def ask(backend: Backend) -> list[Any]:
+        tasks = [asyncio.create_task(backend.generate(request)) for request in asked]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks[1::3]:
+            task.cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    outcomes = served(kind, video_repository, ask)
+    engines = {name: Engine.open(video_repository / name) for name in (VIDEO.student, IMAGE.student)}
+    made = [(request, outcome) for request, outcome in zip(asked, outcomes, strict=True) if isinstance(outcome, Generated)]
+    assert len(made) >= len(asked) - len(asked[1::3])
+    for request, outcome in made:
+        alone = engines[request.student].run(Request(request.prompt, request.seed, 0, request.nfe, request.size))
+        assert np.array_equal(outcome.image, alone.image)

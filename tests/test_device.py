@@ -7,13 +7,21 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from server.engine.device import DeviceLock, Priority, priority_of
+from server.engine.engine import Engine, Request, Result
 from server.engine.errors import StudentError
+from server.engine.scheduler import Scheduler
 from tests.conftest import ROOT
+from tests.fakes import Recorder
+from tests.tiny_student import build_tiny_student
+from tests.tiny_video import build_tiny_video
 
 # Holds the device again and again for 30 ms and writes a line at each beginning and end.
 LOOP = """
@@ -56,6 +64,65 @@ def test_an_image_waits_for_at_most_one_nfe_of_a_video(tmp_path: Path) -> None:
     begun = [int(line.split()[1]) for line in video.communicate()[0].splitlines() if line.startswith("begin")]
     for asked, got in waited:
         assert sum(asked < time < got for time in begun) <= 1, "a second NFE of the video began while an image waited"
+
+
+class Counted(DeviceLock):
+    """Counts how often it has had the device."""
+
+    count = 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with super().held():
+            self.count += 1
+            yield
+
+
+@dataclass
+class Guest(Recorder):
+    """Somebody who waits for an image and notes how often a video has the device meanwhile."""
+
+    video: Counted
+    again: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.before = self.video.count
+        self.meanwhile = -1
+
+    def done(self, result: Result) -> None:
+        self.meanwhile = self.video.count - self.before
+        super().done(result)
+        self.again()
+
+
+def test_while_videos_run_no_image_waits_for_more_than_one_nfe_or_chunk_of_them_and_they_go_on(tmp_path: Path) -> None:
+    lock = Counted("cpu", Priority.LOW, tmp_path)
+    videos = Scheduler(Engine.open(build_tiny_video(tmp_path / "students")), lock)
+    images = Scheduler(Engine.open(build_tiny_student(tmp_path / "students")), DeviceLock("cpu", Priority.HIGH, tmp_path))
+    guests: list[Guest] = []
+    enough = threading.Event()
+
+    def ask_for_an_image() -> None:
+        if len(guests) < 300 or (lock.count < 30 and len(guests) < 10_000):
+            guests.append(Guest(lock, ask_for_an_image))
+            images.submit(Request("a", len(guests), 0, 1 + len(guests) % 4, "64x64"), guests[-1])
+        else:
+            enough.set()
+
+    clips = [Recorder() for _ in range(100)]
+    for seed, clip in enumerate(clips):
+        videos.submit(Request("a", seed, 0, 2, "64x32"), clip)
+    for _ in range(6):  # there is always an image under way
+        ask_for_an_image()
+    threads = [images.start(), videos.start()]
+    assert enough.wait(120)
+    assert lock.count >= 30, "videos go on while images never end"
+    for scheduler, thread in zip((images, videos), threads, strict=True):
+        scheduler.close()
+        thread.join(60)
+    assert max(guest.meanwhile for guest in guests) <= 1
+    assert all(isinstance(sink.answer, Result) for sink in (*guests, *clips))
 
 
 def test_two_processes_never_hold_the_device_at_once(tmp_path: Path) -> None:

@@ -372,7 +372,7 @@ def test_many_threads_submit_and_none_is_lost_or_doubled(tiny_repository: Path) 
         assert np.array_equal(sink.answer.image, expected[seed])
 
 
-class Worked:
+class Worked(FreeDevice):
     """A device that notes what holds it: `work` has "step" or "chunk" for every hold, in order."""
 
     def __init__(self, engine: Engine) -> None:

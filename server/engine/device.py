@@ -1,14 +1,18 @@
 """One device, many students: a lock that is held for one NFE or one decode at a time, with two priorities.
 
 Students live in processes of their own, so the lock is made of files: flock's locks are released by the kernel when their
-holder dies, however it dies. Three files per device:
+holder dies, however it dies. Five files per device:
 
-    device  held exclusively while the device works
-    images  held shared by everybody of high priority who waits or works; who holds it exclusively knows of none
-    turn    held exclusively by the one of low priority who waits or works
+    device   held exclusively while the device works
+    images   held shared by everybody of high priority who waits, works or stays; who holds it exclusively knows of none
+    turn     held exclusively by the one of low priority who waits or works
+    waiting  held exclusively by the one of low priority who waits
+    giving   held shared by who gives way, and passed by the one of low priority before it waits
 
 A low-priority holder releases `images` as soon as it has the device, so an image that arrives then waits for that one NFE
-and no other: the next low-priority attempt stops at `images` until no image waits.
+and no other: the next low-priority attempt stops at `images` until no image waits. Between its own NFEs an image's scheduler
+stays, and gives way at times of its choosing (scheduler.share_device). Locks of flock have no order: who releases one and asks
+again is mostly first. So who gives way waits until `waiting` is free, and `giving` stops low priority from coming twice.
 """
 
 import fcntl
@@ -41,12 +45,30 @@ class Device(Protocol):
         """Waits for the device and holds it."""
         ...
 
+    def stay(self) -> None:
+        """From now on nobody of low priority comes before the next piece of work. Nothing for who is of low priority."""
+        ...
+
+    def give_way(self) -> None:
+        """Somebody of low priority, if one waits, has the device once before the next piece of work."""
+        ...
+
+    def rest(self) -> None:
+        """No work is left for now."""
+        ...
+
 
 class FreeDevice:
     """A device that nobody else wants."""
 
     def held(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def stay(self) -> None: ...
+
+    def give_way(self) -> None: ...
+
+    def rest(self) -> None: ...
 
 
 def priority_of(media_type: str) -> Priority:
@@ -61,7 +83,10 @@ class DeviceLock:
         """device: e.g. "cpu" or "cuda:0". Raises StudentError when the folder is not ours alone."""
         folder = folder or locks_folder()
         name = re.sub(r"[^a-z0-9]+", "-", device.lower())
-        self.device, self.images, self.turn = (open_lock(folder / f"{name}.{part}") for part in ("device", "images", "turn"))
+        self.files = [
+            open_lock(folder / f"{name}.{part}") for part in ("device", "images", "images", "turn", "waiting", "giving")
+        ]
+        self.device, self.images, self.staying, self.turn, self.waiting, self.giving = self.files
         self.priority = priority
 
     @contextmanager
@@ -79,16 +104,32 @@ class DeviceLock:
     @contextmanager
     def low(self) -> Iterator[None]:
         with locked(self.turn, fcntl.LOCK_EX):
-            with locked(self.images, fcntl.LOCK_EX):
+            with locked(self.giving, fcntl.LOCK_EX):
+                pass
+            with locked(self.waiting, fcntl.LOCK_EX), locked(self.images, fcntl.LOCK_EX):
                 fcntl.flock(self.device, fcntl.LOCK_EX)  # free by now: those of high priority also hold `images`
             try:
                 yield
             finally:
                 fcntl.flock(self.device, fcntl.LOCK_UN)
 
+    def stay(self) -> None:
+        if self.priority is Priority.HIGH:
+            fcntl.flock(self.staying, fcntl.LOCK_SH)
+
+    def give_way(self) -> None:
+        if self.priority is Priority.HIGH:
+            with locked(self.giving, fcntl.LOCK_SH):
+                self.rest()
+                with locked(self.waiting, fcntl.LOCK_SH):
+                    self.stay()
+
+    def rest(self) -> None:
+        fcntl.flock(self.staying, fcntl.LOCK_UN)
+
     def close(self) -> None:
         """Gives the files back; may be called once."""
-        for descriptor in (self.device, self.images, self.turn):
+        for descriptor in self.files:
             os.close(descriptor)
 
 

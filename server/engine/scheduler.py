@@ -41,6 +41,8 @@ class Scheduler:
         self.news = threading.Condition()
         self.closing = False
         self.just_decoded = False
+        self.gave_way = True
+        self.waited: Set[Member] = set()  # those who may have waited for somebody of low priority
         self.turn = 0
         self.step_seats, self.decode_seats = Seats(), Seats()
 
@@ -95,6 +97,27 @@ class Scheduler:
 
     def tick(self) -> None:
         """Admits, drops, and does one piece of work."""
+        self.lock.stay()
+        try:
+            self.advance()
+        finally:
+            self.share_device()
+
+    def share_device(self) -> None:
+        """Lets those of low priority have the device once, unless somebody is here who was when they last had it: so nobody
+        waits for more than one NFE of a video, and videos go on however many images are asked for."""
+        with self.news:
+            present = {*self.members, *self.arrivals}
+        if self.gave_way:
+            self.waited = present
+        self.gave_way = self.waited.isdisjoint(present)
+        if not present:
+            self.lock.rest()
+        elif self.gave_way:
+            self.lock.give_way()
+
+    def advance(self) -> None:
+        """A tick, while nobody of low priority comes before it."""
         with self.news:
             arrived, self.arrivals = self.arrivals, []
         self.members += arrived
