@@ -175,6 +175,24 @@ def bench_fairness(
         run(model_repository, student, rounds, seconds)
 
 
+@bench.command("interference")
+def bench_interference(
+    rounds: Annotated[int, typer.Option(min=1, help="interleaved repetitions of calm and busy")] = 5,
+    images: Annotated[int, typer.Option(min=1, help="in each calm and each busy")] = 100,
+    student: Student = None,
+    video: Annotated[str | None, typer.Option(help="name of the student of videos; default: the first")] = None,
+    model_repository: Repository = REPOSITORY,
+) -> None:
+    """What a video that runs beside them costs images.
+
+    Example: fewstep bench interference --rounds 5
+    """
+    with one_line_errors("triton"):
+        from benchmarks.interference import run
+
+        run(model_repository, student, video, rounds, images)
+
+
 @bench.command("training")
 def bench_training(
     rounds: Annotated[int, typer.Option(min=1, help="interleaved iterations of every variant")] = 10,

@@ -9,6 +9,8 @@ from typer.testing import CliRunner
 
 from fewstep import app
 from tdm_train.denoiser import Text
+from tests.tiny_student import build_tiny_student
+from tests.tiny_video import build_tiny_video
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,27 @@ def test_a_benchmark_ends_in_one_json_document(bundled_repository: Path, argumen
     document = json.loads(result.stdout.splitlines()[-1])
     assert document["benchmark"] == arguments[0]
     assert {"student", "fingerprint"} | told <= set(document)
+
+
+def test_the_interference_benchmark_measures_images_with_and_without_a_video(tmp_path: Path) -> None:
+    build_tiny_student(tmp_path)
+    build_tiny_video(tmp_path)
+    command = ["bench", "interference", "--rounds", "2", "--images", "20", "--model-repository", str(tmp_path)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout.splitlines()[-1])
+    assert (document["benchmark"], document["student"], document["video"]) == ("interference", "tiny", "tiny-video")
+    assert [len(samples) for samples in document["samples_ms"].values()] == [40, 40]
+    assert document["videos"] >= 1
+    assert document["longest_piece_ms"] >= document["video_nfe_ms"]["max"] > 0
+
+
+def test_the_interference_benchmark_needs_a_student_of_videos(bundled_repository: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["bench", "interference", "--video", "none", "--model-repository", str(bundled_repository)]
+    )
+    assert result.exit_code == 1
+    assert "no student of videos is named 'none' here" in result.stderr
 
 
 def test_the_training_benchmark_measures_every_variant() -> None:
