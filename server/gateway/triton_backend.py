@@ -114,16 +114,17 @@ class TritonBackend:
         return self.server is not None and self.server.alive and await self.probe()
 
     async def probe(self) -> bool:
-        """A real image or video from every student; a word meanwhile to somebody else counts as well."""
+        """A real image or video from every student; a word of it meanwhile to somebody else counts as well."""
         async with self.probing:
             begin, client = time.monotonic(), self.client
             if client is None:
                 return False
-            try:
-                for card in self.students.values():
+            for card in self.students.values():
+                try:
                     await client.generate(card.warm_up(), PROBE_SECONDS)
-            except (BackendError, EngineError):
-                return len(self.students) == 1 and client.last_heard > begin
+                except (BackendError, EngineError):
+                    if client.heard.get(card.name, 0.0) <= begin:
+                        return False
             return True
 
     async def watch(self) -> None:
@@ -131,7 +132,7 @@ class TritonBackend:
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.trouble.wait(), POLL_SECONDS)
-            quiet = self.client is not None and time.monotonic() - self.client.last_heard > QUIET_SECONDS
+            quiet = self.client is not None and time.monotonic() - max(self.client.heard.values()) > QUIET_SECONDS
             suspected = self.trouble.is_set() or quiet
             self.trouble.clear()
             if self.server is None or not self.server.alive or (suspected and not await self.probe()):

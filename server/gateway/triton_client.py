@@ -36,14 +36,14 @@ LOST = "the image backend stopped while it worked on this request and is being r
 class TritonClient:
     """Speaks to one run of tritonserver.
 
-    last_heard: when a student last gave a sign of life, in seconds of time.monotonic.
+    heard: when each student last gave a sign of life, in seconds of time.monotonic.
     """
 
     def __init__(self, port: int) -> None:
         self.client = InferenceServerClient(f"127.0.0.1:{port}")  # messages may have 2 GiB: a video of 49 x 480 x 720 has 51 MB
         self.idle: list[Stream] = []
         self.frames: dict[str, int | None] = {}
-        self.last_heard = time.monotonic()
+        self.heard: dict[str, float] = {}
 
     async def card(self, student: str) -> StudentCard:
         """What Triton says about a student it has loaded. Raises BackendUnavailable."""
@@ -96,7 +96,7 @@ class TritonClient:
         stream = self.idle.pop() if self.idle and not trace else Stream(self.client, trace)
         try:
             async for result in stream.answers(request, tells_steps):
-                self.last_heard = time.monotonic()
+                self.heard[request.student] = time.monotonic()
                 report: Report = json.loads(result.as_numpy("report")[0])
                 if "fingerprint" in report:
                     break
