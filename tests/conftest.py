@@ -213,7 +213,7 @@ def jobs_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/jobs.sqlite"
     server: Postgres = request.getfixturevalue("postgres")
-    return server.new_database()
+    return server.emptied()
 
 
 @pytest.fixture(scope="session")

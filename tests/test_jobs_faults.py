@@ -201,7 +201,7 @@ def test_more_threads_than_connections_wait_their_turn(jobs_url: str) -> None:
 
 
 def test_postgresql_that_is_down_is_unavailable_until_it_is_back(postgres: Postgres) -> None:
-    store = JobStore(postgres.new_database())
+    store = JobStore(postgres.emptied())
     job = create(store)
     postgres.stop()
     try:
@@ -216,7 +216,7 @@ def test_postgresql_that_is_down_is_unavailable_until_it_is_back(postgres: Postg
 
 
 def test_a_connection_that_the_server_has_ended_is_replaced(postgres: Postgres) -> None:
-    url = postgres.new_database()
+    url = postgres.emptied()
     store, other = JobStore(url), JobStore(url)
     job = create(store)
     with other.database.writing() as (session, _):
@@ -228,7 +228,7 @@ def test_a_connection_that_the_server_has_ended_is_replaced(postgres: Postgres) 
 
 
 def test_a_process_that_is_stopped_in_a_transaction_loses_its_locks(postgres: Postgres) -> None:
-    url = postgres.new_database()
+    url = postgres.emptied()
     slow, store = JobStore(url, wait_seconds=WAIT_SECONDS), JobStore(url)
     job = create(store)
     session = slow.database.engine.connect()

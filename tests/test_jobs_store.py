@@ -1,12 +1,14 @@
 """The store of jobs, on SQLite and PostgreSQL: every step of the diagram, and none beside it."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from server.jobs.errors import IdempotencyConflict, LeaseLost, NoSuchJob
 from server.jobs.models import Facts, Job, Lease, StoredFile
+from server.jobs.storage import LocalStorage
 from server.jobs.store import FORGET_SECONDS, JobStore
 from tests.fakes import FakeClock
 
@@ -274,4 +276,14 @@ def test_without_a_clock_of_the_tests_time_is_the_databases(jobs_url: str) -> No
     store = JobStore(jobs_url)
     a, b = create(store), create(store)
     assert 1.7e9 < a.created_at <= b.created_at
+    store.close()
+
+
+def test_prompts_and_clips_are_their_owners_alone_on_disk(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    store, files = JobStore(f"sqlite:///{tmp_path}/jobs.sqlite"), LocalStorage(tmp_path / "files")
+    files.put(create(store).id, b"clip")
+    paths = [path for path in tmp_path.rglob("*")]
+    assert {"jobs.sqlite", "jobs.sqlite-wal", "files"} <= {path.name for path in paths}
+    assert [path.name for path in paths if path.stat().st_mode & 0o077] == []
     store.close()

@@ -115,10 +115,12 @@ def open_engine(where: URL, wait_seconds: float) -> Engine:
 def open_sqlite(where: URL, wait_seconds: float) -> Engine:
     """Write-ahead log, so that readers wait for nobody, and a commit that is on disk when it returns."""
     assert where.database
+    file = Path(where.database).absolute()
     try:
-        Path(where.database).absolute().parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        file.touch(mode=0o600)  # it holds prompts; SQLite gives its other files the same mode
     except OSError as error:
-        raise StoreUnavailable(f"the folder of the jobs' database: {error.strerror}") from None
+        raise StoreUnavailable(f"the file of the jobs' database: {error.strerror}") from None
     engine = create_engine(
         where, pool_size=CONNECTIONS, max_overflow=0, pool_timeout=wait_seconds, connect_args={"timeout": wait_seconds}
     )

@@ -7,12 +7,13 @@ event loop they are called with `beside` (server/jobs/threads.py).
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Select, Text, cast, delete, func, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import Text, cast, delete, func, select
+from sqlalchemy.orm import Session
 
 from server.jobs.database import WAIT_SECONDS, Database
 from server.jobs.errors import IdempotencyConflict, LeaseLost, NoSuchJob
 from server.jobs.models import ENDS, Facts, Job, Lease, Page, Status, StoredFile, Work, new_id
+from server.jobs.queries import keyed, next_available, of_owner, open_work
 
 FORGET_SECONDS = 30 * 86_400  # for which the row of a job outlives its files, so that its owner is told 410
 LONGEST_KEY = 255  # characters of an idempotency key
@@ -220,30 +221,6 @@ class JobStore:
         self.end(job, "failed", now)
         job.error_code = "worker_died"
         job.error_message = f"the job's worker ended before the job, {job.attempts} times; it is not tried again"
-
-
-def open_work(session: Session) -> dict[str, Work]:
-    """What is yet to be done of the jobs that have not ended, by owner."""
-    sums = select(Job.owner, func.count(), func.sum(Job.nfe - Job.executed_nfe)).where(Job.available_at.is_not(None))
-    return {owner: Work(jobs, int(nfe)) for owner, jobs, nfe in session.execute(sums.group_by(Job.owner))}
-
-
-def keyed(owner: str, key: str) -> Select[Job]:
-    return select(Job).where(Job.owner == owner, Job.idempotency_key == key)
-
-
-def of_owner(job_id: str, owner: str) -> Select[Job]:
-    return select(Job).where(Job.id == job_id, Job.owner == owner, Job.status != "deleted")
-
-
-def next_available(now: float) -> Select[Job]:
-    """First the owner whose last start is longest ago. What another worker is taking at this moment is passed over."""
-    other = aliased(Job)
-    last: ColumnElement[Any] = (
-        select(func.coalesce(func.max(other.started_at), 0)).where(other.owner == Job.owner).scalar_subquery()
-    )
-    query = select(Job).where(Job.available_at <= now).order_by(last, Job.number).limit(1)
-    return query.with_for_update(skip_locked=True, of=Job)
 
 
 def found(job: Job | None, job_id: str) -> Job:

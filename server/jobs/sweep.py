@@ -3,7 +3,6 @@
 import asyncio
 import logging
 
-from server.jobs.errors import Unavailable
 from server.jobs.storage import Storage
 from server.jobs.store import JobStore
 from server.jobs.threads import beside
@@ -19,8 +18,8 @@ async def keep_sweeping(store: JobStore, storage: Storage, period_seconds: float
     while True:
         try:
             await beside(sweep, store, storage)
-        except Unavailable as error:
-            logger.warning("expired jobs stay for now: %s", error)
+        except Exception as error:  # whatever it is, the next sweep may go well
+            logger.error("expired jobs stay for now: %s: %s", type(error).__name__, error)
         await asyncio.sleep(period_seconds)
 
 

@@ -63,10 +63,11 @@ class Worker:
         self.wake()
 
     async def claim(self) -> Lease | None:
+        """None also when the store gives none for whatever reason: a worker that ended over it would leave all jobs to wait."""
         try:
             return await beside(self.store.claim, self.name)
-        except StoreUnavailable as error:
-            logger.warning("no job is taken for now: %s", error)
+        except Exception as error:
+            logger.error("no job is taken for now: %s: %s", type(error).__name__, error)
             return None
 
     async def rest(self) -> None:
@@ -86,12 +87,12 @@ class Worker:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for ended in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(ended, Exception):  # which a cancellation is not
+                    logger.warning("%s: %s: %s", lease.job.id, type(ended).__name__, ended)
             if finishing.cancelled():
                 with suppress(LeaseLost, StoreUnavailable):
                     await beside(self.store.release, lease)
-            elif error := finishing.exception():
-                logger.warning("%s: %s: %s", lease.job.id, type(error).__name__, error)
 
     async def finish(self, lease: Lease, on_progress: OnProgress) -> None:
         """Makes a job, keeps its files, and only then says that it is complete."""
@@ -119,8 +120,8 @@ class Worker:
             except LeaseLost as error:
                 logger.info("%s", error)
                 return
-            except StoreUnavailable as error:
-                logger.warning("%s: no heartbeat for now: %s", lease.job.id, error)
+            except Exception as error:
+                logger.error("%s: no heartbeat for now: %s: %s", lease.job.id, type(error).__name__, error)
 
     async def insist(
         self, function: Callable[Parameters, Returned], *args: Parameters.args, **kwargs: Parameters.kwargs
