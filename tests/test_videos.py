@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from server.gateway.video_events import events
 from server.gateway.video_media import read_mp4
 from server.gateway.video_responses import DeletedVideo, Video, VideoPage
 from server.metadata import pixel_sha256
+from tests.conftest import start_server
 from tests.fakes import FakeVideos
 
 PATH = "/v1/videos"
@@ -485,3 +487,68 @@ def test_pixels_are_the_same_by_job_and_by_sync_through_the_real_student(tmp_pat
         await app.state.videos.stop()
 
     asyncio.run(run())
+
+
+def test_without_its_database_the_server_says_so_and_recovers_by_itself(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "jobs"
+    in_the_way.write_text("a file where the folder should be")
+
+    async def use(service: Service) -> None:
+        for method, path in (("POST", ""), ("GET", ""), ("GET", f"/video_{'0' * 32}"), ("DELETE", f"/video_{'0' * 32}")):
+            answer = await service.client.request(method, PATH + path, json=BODY if method == "POST" else None)
+            assert envelope(answer, 503)["code"] == "store_unavailable"
+            assert str(tmp_path) not in answer.text
+            assert int(answer.headers["retry-after"]) >= 1
+        assert (await service.client.post(f"{PATH}/sync", json=BODY)).status_code == 200, "it needs no database"
+        assert "fewstep_video_jobs" not in (await service.client.get("/metrics")).text
+        in_the_way.unlink()
+
+        async def ask() -> int:
+            return (await service.client.post(PATH, json=BODY)).status_code
+
+        await until(ask, lambda status: status == 200)
+        await service.made()
+
+    served(tmp_path, use)
+
+
+def test_a_file_that_is_gone_from_the_storage_is_a_410(tmp_path: Path) -> None:
+    async def use(service: Service) -> None:
+        video = await service.made()
+        shutil.rmtree(tmp_path / "jobs" / "files")
+        for query in ("", "?format=gif", "?variant=thumbnail"):
+            answer = await service.client.get(f"{PATH}/{video['id']}/content{query}")
+            assert envelope(answer, 410)["code"] == "expired"
+
+    served(tmp_path, use)
+
+
+@pytest.mark.parametrize("url", ["sqlite:///{}/other.sqlite", "postgresql://nobody:secret-of-nobody@127.0.0.1:1/none"])
+def test_another_database_is_used_and_one_that_is_far_away_is_told_without_its_password(tmp_path: Path, url: str) -> None:
+    async def run() -> None:
+        app = create_app(FakeVideos(), Settings(jobs_folder=tmp_path, jobs_url=url.format(tmp_path)))  # type: ignore[arg-type]
+        await app.state.videos.start()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            answer = await client.post(PATH, json=BODY)
+        assert answer.status_code == (200 if url.startswith("sqlite") else 503)
+        assert "secret-of-nobody" not in answer.text
+        await app.state.videos.stop()
+
+    asyncio.run(run())
+
+
+def test_a_job_of_a_server_that_was_killed_is_made_by_the_next_with_the_same_pixels(
+    clips_repository: Path, tmp_path: Path
+) -> None:
+    folder, asked = {"FEWSTEP_JOBS_FOLDER": str(tmp_path)}, {"prompt": "a red circle", "seed": 7}
+    first = start_server(clips_repository, "inprocess", "--set", "video_workers=0", **folder)
+    video = httpx.post(first.url + PATH, json=asked).json()
+    first.process.kill()
+    first.process.wait()
+    second = start_server(clips_repository, "inprocess", **folder)
+    with httpx.Client(base_url=second.url, timeout=60) as client:
+        assert client.get(f"{PATH}/{video['id']}/events").text.rpartition("event: ")[2].startswith("video.completed")
+        content, sync = client.get(f"{PATH}/{video['id']}/content"), client.post(f"{PATH}/sync", json=asked)
+        assert content.headers["x-pixel-sha256"] == sync.headers["x-pixel-sha256"]
+        assert content.content == sync.content
+    assert second.stop() == 0
