@@ -12,8 +12,12 @@ COPY pyproject.toml README.md fewstep.py ./
 COPY server server
 COPY benchmarks benchmarks
 COPY model_repository model_repository
-RUN pip install --editable '.[triton]' && useradd --create-home fewstep
+RUN pip install --editable '.[triton]' && useradd --create-home fewstep && install -d -o fewstep /jobs
 USER fewstep
+
+# Video jobs and their files outlive the container with -v jobs:/jobs.
+ENV FEWSTEP_JOBS_FOLDER=/jobs
+VOLUME /jobs
 
 EXPOSE 8000
 # Alive and able to draw: /readyz asks every student for a picture.

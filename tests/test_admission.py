@@ -188,3 +188,15 @@ def test_the_body_of_a_refused_request_is_not_read(tiny_repository: Path) -> Non
     asyncio.run(app(scope, receive, send))
     assert sent[0]["status"] == 503
     assert dict(sent[0]["headers"])[b"retry-after"] == b"4"
+
+
+def test_work_that_waits_elsewhere_counts_for_all_and_for_its_key(plan: Plan) -> None:
+    admission = office(limit=4.0, share=0.5)
+    elsewhere = {"a": 10**9, "b": 10**9}
+    with admission.admitted(plan, 1, elsewhere), pytest.raises(ApiError) as caught, admission.admitted(plan, 1, elsewhere):
+        pass
+    assert (caught.value.status, caught.value.code) == (429, "queue_share"), "a second here, a second there, and one more"
+    with pytest.raises(ApiError) as full, admission.admitted(of("c", plan), 1, elsewhere | {"b": 3 * 10**9}):
+        pass
+    assert (full.value.status, full.value.code) == (503, "overloaded")
+    assert admission.total == 0
