@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
+from export.student_graphs import chunk_graphs
 from export.video_decoders import ChunkDecoder, VideoDecoder, chunks_of, in_frames
 from server.engine.clip import Clip
 from server.engine.engine import Engine
@@ -61,6 +62,15 @@ def test_chunks_have_the_very_bits_of_a_decode_in_one_piece(vae: AutoencoderKLCo
         expected = VideoDecoder(whole)(latents)
     video, _ = by_chunks(vae, latents)
     assert torch.equal(video, expected)
+
+
+def test_a_video_of_one_chunk_has_one_decoder_and_hands_nothing_on(vae: AutoencoderKLCogVideoX) -> None:
+    (graph,) = chunk_graphs(vae, (3, 4, 4, 6))
+    assert (graph.name, graph.outputs) == ("vae_decoder", ("image",))
+    latents = graph.example(1, (3, 4, 4, 6))["latents"]
+    with torch.no_grad():
+        different = graph.module(latents).int() - VideoDecoder(vae)(latents).int()
+    assert different.abs().max() <= 1
 
 
 def test_convolutions_of_frames_are_those_of_diffusers_within_rounding(vae: AutoencoderKLCogVideoX) -> None:

@@ -96,31 +96,46 @@ class Guest(Recorder):
         self.again()
 
 
-def test_while_videos_run_no_image_waits_for_more_than_one_nfe_or_chunk_of_them_and_they_go_on(tmp_path: Path) -> None:
+class Crowd:
+    """Six people who want one image after another of a student, until there have been `most` and the video has gone on."""
+
+    def __init__(self, folder: Path, locks: Path, video: Counted, most: int = 300) -> None:
+        self.scheduler = Scheduler(Engine.open(folder), DeviceLock("cpu", Priority.HIGH, locks))
+        self.video, self.most = video, most
+        self.guests: list[Guest] = []
+        self.busy, self.over = threading.Event(), threading.Event()
+        for _ in range(6):
+            self.ask()
+
+    def ask(self) -> None:
+        count = len(self.guests)
+        if count < self.most or (self.video.count < 30 and count < 20_000):
+            self.guests.append(Guest(self.video, self.ask))
+            self.scheduler.submit(Request("a", count, 0, 1 + count % 4, "64x64"), self.guests[-1])
+        else:
+            self.over.set()
+        if count > 12:
+            self.busy.set()
+
+
+@pytest.mark.parametrize("students", [1, 2])
+def test_no_image_waits_for_more_than_one_nfe_or_chunk_of_videos_and_they_go_on(tmp_path: Path, students: int) -> None:
     lock = Counted("cpu", Priority.LOW, tmp_path)
     videos = Scheduler(Engine.open(build_tiny_video(tmp_path / "students")), lock)
-    images = Scheduler(Engine.open(build_tiny_student(tmp_path / "students")), DeviceLock("cpu", Priority.HIGH, tmp_path))
-    guests: list[Guest] = []
-    enough = threading.Event()
-
-    def ask_for_an_image() -> None:
-        if len(guests) < 300 or (lock.count < 30 and len(guests) < 10_000):
-            guests.append(Guest(lock, ask_for_an_image))
-            images.submit(Request("a", len(guests), 0, 1 + len(guests) % 4, "64x64"), guests[-1])
-        else:
-            enough.set()
-
     clips = [Recorder() for _ in range(100)]
     for seed, clip in enumerate(clips):
         videos.submit(Request("a", seed, 0, 2, "64x32"), clip)
-    for _ in range(6):  # there is always an image under way
-        ask_for_an_image()
-    threads = [images.start(), videos.start()]
-    assert enough.wait(120)
+    folder = build_tiny_student(tmp_path / "students")
+    crowds = [Crowd(folder, tmp_path, lock) for _ in range(students)]
+    threads = [crowd.scheduler.start() for crowd in crowds]
+    assert all(crowd.busy.wait(60) for crowd in crowds)
+    threads.append(videos.start())  # from here on there is always an image under way
+    assert all(crowd.over.wait(120) for crowd in crowds)
     assert lock.count >= 30, "videos go on while images never end"
-    for scheduler, thread in zip((images, videos), threads, strict=True):
+    for scheduler, thread in zip((*(crowd.scheduler for crowd in crowds), videos), threads, strict=True):
         scheduler.close()
         thread.join(60)
+    guests = [guest for crowd in crowds for guest in crowd.guests]
     assert max(guest.meanwhile for guest in guests) <= 1
     assert all(isinstance(sink.answer, Result) for sink in (*guests, *clips))
 

@@ -138,6 +138,27 @@ def test_a_server_that_wakes_up_when_its_lease_is_over_changes_nothing(program: 
     assert (after.completed_at, after.lease_token) == (before.completed_at, before.lease_token)
 
 
+def open_and_create(url: str, folder: Path) -> None:
+    """When all are ready."""
+    (folder / f"ready {os.getpid()}").touch()
+    until(lambda: len(list(folder.glob("ready *"))) == 4)
+    store = JobStore(url)
+    store.create({}, "ann", 1)
+    store.close()
+
+
+def test_processes_that_open_a_new_database_at_once_make_its_tables_once(jobs_url: str, tmp_path: Path) -> None:
+    processes = [PROCESSES.Process(target=open_and_create, args=(jobs_url, tmp_path)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    store = JobStore(jobs_url)
+    assert store.counts() == {"queued": 4}
+    store.close()
+
+
 def claim_all(url: str, worker: str) -> list[str]:
     """The ids of the jobs that one process gets."""
     store, ids = JobStore(url), []

@@ -190,7 +190,7 @@ def test_readers_of_sqlite_wait_for_no_writer(tmp_path: Path) -> None:
 
 
 def test_more_threads_than_connections_wait_their_turn(jobs_url: str) -> None:
-    store = JobStore(jobs_url)
+    store = JobStore(jobs_url, wait_seconds=60)
     threads = [threading.Thread(target=create, args=(store,)) for _ in range(40)]
     for thread in threads:
         thread.start()

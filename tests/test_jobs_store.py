@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any, Literal
 
 import pytest
@@ -86,12 +87,20 @@ def test_an_idempotency_key_stands_for_one_job_of_one_owner_and_one_body(store: 
         store.create(REQUEST, "ann", 4, "k" * 256, "body")
 
 
-def test_one_key_sent_100_times_at_once_makes_one_job(store: JobStore) -> None:
+def test_one_key_sent_100_times_at_once_makes_one_job(jobs_url: str) -> None:
+    store, together = JobStore(jobs_url, wait_seconds=60), Barrier(100)
+
+    def send(number: int) -> tuple[Job, bool]:
+        store.counts()  # so that the connections are open by then
+        together.wait()
+        return store.create(REQUEST, "ann", 4, "key", "body")
+
     with ThreadPoolExecutor(100) as threads:
-        made = list(threads.map(lambda _: store.create(REQUEST, "ann", 4, "key", "body"), range(100)))
+        made = list(threads.map(send, range(100)))
     assert len({job.id for job, _ in made}) == 1
     assert sum(new for _, new in made) == 1
     assert store.counts() == {"queued": 1}
+    store.close()
 
 
 def test_owners_take_turns_and_the_jobs_of_each_go_in_their_order(store: JobStore, clock: FakeClock) -> None:

@@ -4,6 +4,8 @@ The clock is the database's: one for all workers, on whatever machine they run, 
 from a worker that is alive.
 """
 
+import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,7 +130,7 @@ def open_sqlite(where: URL, wait_seconds: float) -> Engine:
     @event.listens_for(engine, "connect")
     def prepare(connection: Any, _: Any) -> None:
         connection.isolation_level = None  # else the driver begins transactions at moments of its own
-        connection.execute("PRAGMA journal_mode = WAL")
+        use_write_ahead_log(connection, wait_seconds)
         connection.execute("PRAGMA synchronous = FULL")
 
     @event.listens_for(engine, "begin")
@@ -138,6 +140,19 @@ def open_sqlite(where: URL, wait_seconds: float) -> Engine:
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
     return engine
+
+
+def use_write_ahead_log(connection: sqlite3.Connection, wait_seconds: float) -> None:
+    """Unlike all else that SQLite does, the first switch to it does not wait for others who open the database too."""
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def check_version(found: int | None) -> None:
