@@ -124,6 +124,22 @@ def test_a_deleted_video_stops_and_is_gone(tmp_path: Path) -> None:
     served(tmp_path, use, patient=True)
 
 
+def test_either_database_keeps_whatever_a_prompt_may_hold(jobs_url: str, tmp_path: Path) -> None:
+    async def use(service: Service) -> None:
+        prompts = ["a\x00b", "\u05d0\u202e", "\U0001f534 \\u0000", "'; DROP TABLE jobs; --"]
+        made = [await service.made(prompt=prompt, seed=2**64 - 1) for prompt in prompts]
+        assert [video["prompt"] for video in made] == prompts
+        assert {video["seed"] for video in made} == {2**64 - 1}
+        key = {"idempotency-key": "'; --"}
+        asked = [service.client.post(PATH, json=BODY, headers=key) for _ in range(10)]
+        assert len({answer.json()["id"] for answer in await asyncio.gather(*asked)}) == 1
+        page = (await service.client.get(PATH, params={"limit": 3, "order": "asc"})).json()
+        assert [video["prompt"] for video in page["data"]] == prompts[:3]
+        assert (await service.client.delete(f"{PATH}/{made[0]['id']}")).json()["deleted"]
+
+    served(tmp_path, use, jobs_url=jobs_url)
+
+
 def test_one_idempotency_key_is_one_video_however_it_is_sent(tmp_path: Path) -> None:
     async def use(service: Service) -> None:
         key = {"idempotency-key": "mine"}
