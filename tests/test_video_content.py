@@ -82,3 +82,23 @@ def test_a_file_that_is_gone_from_the_storage_is_a_410(tmp_path: Path) -> None:
             assert envelope(answer, 410)["code"] == "expired"
 
     served(tmp_path, use)
+
+
+def test_a_storage_that_is_away_is_a_503_until_it_is_back(tmp_path: Path) -> None:
+    files, away = tmp_path / "jobs" / "files", tmp_path / "away"
+
+    async def use(service: Service) -> None:
+        path = f"{PATH}/{(await service.made())['id']}/content"
+        whole = await service.client.get(path)
+        files.rename(away)
+        files.write_text("a file where the folder should be")
+        for query in ("", "?format=gif", "?variant=thumbnail"):
+            answer = await service.client.get(path + query)
+            assert envelope(answer, 503)["code"] == "storage_unavailable"
+            assert int(answer.headers["retry-after"]) >= 1
+            assert str(tmp_path) not in answer.text
+        files.unlink()
+        away.rename(files)
+        assert (await service.client.get(path)).content == whole.content
+
+    served(tmp_path, use)

@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import uvicorn
 
+from server.gateway.admission import Cost
 from server.gateway.app import create_app
 from server.gateway.keys import create
 from server.gateway.serve import listen
@@ -172,6 +173,19 @@ def test_a_full_queue_refuses_exactly_what_is_too_much_but_never_a_repeat(tmp_pa
         await service.create()
 
     served(tmp_path, use, patient=True, max_video_queue_seconds=0.2)
+
+
+def test_when_to_look_again_is_a_quarter_of_what_is_predicted(tmp_path: Path) -> None:
+    async def use(service: Service) -> None:
+        service.app.state.videos.admission.costs["motion", "64x48"] = Cost(nfe=0.5, image=1.0)
+        told = []
+        for _ in range(10):
+            answer = await service.client.post(PATH, json=BODY)
+            told.append(int(answer.headers["openai-poll-after-ms"]))
+        assert told[:3] == [750, 1250, 1750], "4 NFEs and the rest; then those of the videos before as well"
+        assert told[-1] == 5000, "no client sleeps for longer"
+
+    served(tmp_path, use, patient=True)
 
 
 def test_a_key_may_hold_its_share_of_the_queue_and_others_theirs(tmp_path: Path) -> None:
