@@ -160,6 +160,8 @@ def triton_stream(port: int, prompts: Prompts) -> Remote:
     client = TritonClient(port)
 
     async def connect() -> Ask:
+        await client.card(prompts.student)
+
         async def ask() -> str:
             one = prompts.next()
             asked = GenerationRequest(prompts.student, one.prompt, one.seed, 0, one.nfe, one.size)

