@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
@@ -24,6 +25,9 @@ from tests.fakes import FakeClock
 from tests.postgres import Postgres
 from tests.tiny_student import build_tiny_student
 from tests.tiny_video import build_tiny_video
+
+if TYPE_CHECKING:  # only its own tests should pay for the import
+    from playwright.sync_api import Browser
 
 # For torch, which reads it when it is imported: the tests' networks are so small that threads only wait for each other, ten
 # times as long as one takes where the cores have other work too.
@@ -197,6 +201,19 @@ def triton_server(bundled_repository: Path) -> Iterator[Server]:
     server = start_server(bundled_repository)
     yield server
     assert server.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """Debian's chromium. Of one module, since Playwright keeps an event loop running in this thread."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium")
+    assert chromium, "these tests need chromium: run `make chromium`"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(scope="session")

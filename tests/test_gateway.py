@@ -301,6 +301,7 @@ def test_models_say_what_is_legal(client: TestClient) -> None:
     model = listed["data"][0]
     assert model == client.get("/v1/models/tiny").json()
     assert (model["id"], model["object"], model["nfe"], model["sizes"]) == ("tiny", "model", [1, 2, 3, 4], ["64x64", "64x32"])
+    assert (model["media_type"], model["frames"], model["fps"]) == ("image", None, None)
     assert model["fingerprint"] == ask(client).json()["fingerprint"]
 
 

@@ -1,17 +1,13 @@
 """The playground at /, in a real chromium against the real server and the bundled student."""
 
-import base64
-import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +15,16 @@ import httpx
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 
 from server.gateway.keys import create
 from server.gateway.routes_playground import FILES
+from tests.browser import Visit, copied, pixels, shown, visited
 from tests.conftest import ROOT, Server, start_server
 from tests.tiny_student import build_tiny_student, write_manifest
 
 EXAMPLE = "a large yellow star on a purple background"
 SHELL_TROUBLE = 'a "red" ring, $HOME `id` \\n above a child\'s box é'
-PIXELS = """image => {
-  const canvas = document.createElement("canvas");
-  [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
-  canvas.getContext("2d").drawImage(image, 0, 0);
-  return canvas.toDataURL("image/png");
-}"""
 WATCH_SOURCES = """image => {
   window.seen = [];
   new MutationObserver(changes => window.seen.push(...changes.map(change => change.oldValue)))
@@ -45,51 +35,11 @@ ACCESSIBLE_NAMES = """all => all.map(element => element.getAttribute("aria-label
   || element.innerText || element.querySelector("img")?.alt)"""
 
 
-@dataclass
-class Visit:
-    """A page that was opened at `url`, with what its console said and where its requests went."""
-
-    page: Page
-    url: str
-    console: list[str] = field(default_factory=list)
-    requests: list[Any] = field(default_factory=list)
-
-    def refused(self) -> None:
-        """chromium itself writes a line about every answer that is an error; to be called where one is wanted."""
-        self.console = [line for line in self.console if not line.startswith("Failed to load resource")]
-
-    def status(self, said: str) -> None:
-        expect(self.page.locator("#status")).to_contain_text(said)
-
-    def ask(self, prompt: str, seed: str = "7", nfe: int = 4) -> None:
-        """Fills the form, generates and waits for the finished picture."""
-        self.page.fill("#prompt", prompt)
-        self.page.fill("#seed", seed)
-        self.page.check(f"input[name=nfe][value='{nfe}']")
-        self.page.click("#generate")
-        expect(self.page.locator("#picture")).to_have_attribute("alt", prompt)
-        self.status("Done")
-
-    def compare(self) -> None:
-        self.page.click("#compare")
-        self.status("Compared")
-
-
 @pytest.fixture(scope="module")
 def server(bundled_repository: Path) -> Iterator[Server]:
     server = start_server(bundled_repository, "inprocess")
     yield server
     assert server.stop() == 0
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium")
-    assert chromium, "these tests need chromium: run `make chromium`"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -103,48 +53,12 @@ def visit(server: Server, browser: Browser, options: dict[str, Any]) -> Iterator
     yield from visited(server.url, browser, options)
 
 
-def visited(url: str, browser: Browser, options: dict[str, Any], rungs: int = 4) -> Iterator[Visit]:
-    """Opens the page, which shows so many rungs of NFE; at the end its console must be empty, and every request must have
-    gone to `url`."""
-    context = browser.new_context(**options)
-    context.grant_permissions(["clipboard-read", "clipboard-write"], origin=url)
-    page = context.new_page()
-    page.set_default_timeout(15_000)
-    visit = Visit(page, url)
-    page.on("console", lambda message: visit.console.append(message.text))
-    page.on("pageerror", lambda error: visit.console.append(str(error)))
-    context.on("request", lambda request: visit.requests.append(request))
-    page.goto(url)
-    expect(page.locator("input[name=nfe]")).to_have_count(rungs)
-    yield visit
-    context.close()
-    assert visit.console == []
-    strangers = [request.url for request in visit.requests if not request.url.startswith((url + "/", "data:", "blob:"))]
-    assert strangers == []
-
-
-def shown(visit: Visit, selector: str = "#picture") -> np.ndarray:
-    """uint8 [H, W, 3] of an image as the browser decoded it."""
-    return pixels(base64.b64decode(visit.page.locator(selector).evaluate(PIXELS).partition(",")[2]))
-
-
-def pixels(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-
-
 def api_pixels(visit: Visit, prompt: str, seed: int, nfe: int) -> np.ndarray:
     """The same picture by a plain call of the API."""
     body = {"prompt": prompt, "seed": seed, "num_inference_steps": nfe}
     answer = httpx.post(f"{visit.url}/v1/images/generations", json=body, headers={"accept": "image/png"}, timeout=60)
     assert answer.status_code == 200, answer.text
     return pixels(answer.content)
-
-
-def copied(visit: Visit, button: str) -> str:
-    visit.page.click(button)
-    visit.status("Copied")
-    text: str = visit.page.evaluate("() => navigator.clipboard.readText()")
-    return text
 
 
 # ---- pictures ----
@@ -291,7 +205,7 @@ def test_a_key_is_sent_and_kept_only_if_asked(visit: Visit) -> None:
         visit.ask(EXAMPLE)
         posts = [request for request in visit.requests if request.method == "POST"]
         assert posts[-1].headers["authorization"] == "Bearer fs_example"
-        assert "fs_example" not in page.locator(".code").inner_text()
+        assert "fs_example" not in page.locator("#picture-panel .code").inner_text()
         assert "FEWSTEP_API_KEY" in page.locator("#curl").inner_text()
         page.reload()
         expect(page.locator("input[name=nfe]")).to_have_count(4)
@@ -508,6 +422,7 @@ def test_the_page_may_load_and_ask_nothing_but_its_own_server(server: Server) ->
             "default-src": "'none'",
             **dict.fromkeys(("script-src", "style-src", "connect-src"), "'self'"),
             "img-src": "'self' data: blob:",
+            "media-src": "blob:",
             **dict.fromkeys(("base-uri", "form-action", "frame-ancestors"), "'none'"),
         }
         assert answer.headers["x-content-type-options"] == "nosniff"

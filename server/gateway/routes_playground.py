@@ -16,7 +16,8 @@ POLICY = (
     "script-src 'self'",
     "style-src 'self'",
     "connect-src 'self'",
-    "img-src 'self' data: blob:",  # pictures arrive as base64 and are shown as blobs
+    "img-src 'self' data: blob:",  # pictures and previews arrive as base64, thumbnails and animations are shown as blobs
+    "media-src blob:",  # videos are fetched with the key, which an element's src could not send
     "base-uri 'none'",
     "form-action 'none'",
     "frame-ancestors 'none'",

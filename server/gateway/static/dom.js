@@ -21,7 +21,37 @@ export function milliseconds(value) {
   return value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value.toFixed(2);
 }
 
-/** How to scroll: at once for readers who asked for as little motion as possible. */
-export function scrolling() {
-  return matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth";
+/** Whether as little motion as possible was asked for. */
+export function still() {
+  return matchMedia("(prefers-reduced-motion: reduce)").matches;
+}
+
+/** Gives what shows videos of this size ("48x32") their shape. */
+export function shape(element, size) {
+  const [width, height] = size.split("x");
+  element.style.setProperty("--aspect", width / height);
+}
+
+/** Plays a video. A pause that comes before it has begun is no error. */
+export function play(player) {
+  player.play().catch(() => {});
+}
+
+/** Brings an element into sight. */
+export function reveal(element) {
+  element.scrollIntoView({ block: "nearest", behavior: still() ? "auto" : "smooth" });
+}
+
+/** Saves bytes as a file. */
+export function save(blob, name) {
+  const href = URL.createObjectURL(blob);
+  make("a", { href, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 10_000);
+}
+
+/** The 8 x 8 grey latents that stand where nothing is to be seen yet. */
+export function drawNoise(element) {
+  const cells = Array.from({ length: 64 }, () => make("i"));
+  for (const cell of cells) cell.style.setProperty("--level", Math.random().toFixed(2));
+  element.replaceChildren(...cells);
 }
