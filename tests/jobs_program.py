@@ -1,4 +1,4 @@
-"""A small server without HTTP, for tests to kill: takes in one job, makes it with a real student in process, keeps its files.
+"""A small server without HTTP, for tests to kill: takes in one clip, makes it with a real student in process, keeps its files.
 
 It runs in processes of its own, forked from one that has imported everything, which saves a second each time. At the point that
 is named to it, it sends itself a signal; the points lie around the product's own calls, which know nothing of them.
@@ -48,8 +48,8 @@ PROCESSES.set_forkserver_preload([__name__])
 
 @dataclass(frozen=True)
 class Program:
-    """Where it keeps things, a repository of one student, and when it sends itself which signal. ahead: seconds by which its
-    clock is ahead of the time, as after a long while without a server."""
+    """Where it keeps things, a repository with one student of videos, and when it sends itself which signal. ahead: seconds by
+    which its clock is ahead of the time, as after a long while without a server."""
 
     url: str
     folder: Path
@@ -93,7 +93,7 @@ class Program:
         await backend.stop()
 
     def maker(self, backend: InProcessBackend) -> Make:
-        """What is made is logged; the bytes of the pixels are file enough here."""
+        """What is made is logged; the bytes of the frames are file enough here."""
 
         async def make(job: Job, on_progress: OnProgress) -> Result:
             def on_step(executed: int) -> None:
@@ -104,7 +104,7 @@ class Program:
 
             with (self.folder / "executions").open("a") as log:
                 log.write(f"{job.id}\n")
-            (card,) = backend.students.values()
+            (card,) = (card for card in backend.students.values() if card.media_type == "video")
             asked = GenerationRequest(card.name, job.request["prompt"], job.request["seed"], 0, job.nfe, card.default_size)
             made = await backend.generate(asked, on_step=on_step)
             pixels = made.image.tobytes()

@@ -26,21 +26,18 @@ NewProgram = Callable[..., Program]
 
 
 @pytest.fixture
-def program(jobs_url: str, tmp_path: Path, tiny_repository: Path) -> NewProgram:
-    """Makes programs that share a database and a folder and serve the small random student, which starts in no time."""
-    return partial(Program, jobs_url, tmp_path, tiny_repository)
+def program(jobs_url: str, tmp_path: Path, clips_repository: Path) -> NewProgram:
+    """Makes programs that share a database and a folder."""
+    return partial(Program, jobs_url, tmp_path, clips_repository)
 
 
 @pytest.fixture(scope="module")
-def pixels(tmp_path_factory: pytest.TempPathFactory, tiny_repository: Path) -> str:
-    """The digest of its pixels as nobody has disturbed their making."""
-    return undisturbed(tmp_path_factory.mktemp("undisturbed"), tiny_repository)
-
-
-def undisturbed(folder: Path, repository: Path) -> str:
-    program = Program(f"sqlite:///{folder}/jobs.sqlite", folder, repository)
-    assert program.run() == 0
-    return the_job(program).pixel_sha256 or ""
+def pixels(tmp_path_factory: pytest.TempPathFactory, clips_repository: Path) -> str:
+    """The digest of the frames as nobody has disturbed their making."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    alone = Program(f"sqlite:///{folder}/jobs.sqlite", folder, clips_repository)
+    assert alone.run() == 0
+    return the_job(alone).pixel_sha256 or ""
 
 
 def the_job(program: Program) -> Job:
@@ -89,20 +86,6 @@ def test_a_server_that_is_killed_loses_no_job_and_makes_it_once_in_effect(progra
     job = check_the_job(again, pixels)
     assert acknowledged in (None, job.id)
     assert executions(again) == (2 if point in BEGUN else 1)
-
-
-@pytest.mark.slow
-def test_the_frames_of_a_clip_are_those_of_a_server_that_was_not_killed(
-    jobs_url: str, tmp_path: Path, video_repository: Path
-) -> None:
-    (tmp_path / "repository").mkdir()
-    (tmp_path / "repository/cogvideox-2b").symlink_to(video_repository / "cogvideox-2b")
-    (tmp_path / "undisturbed").mkdir()
-    frames = undisturbed(tmp_path / "undisturbed", tmp_path / "repository")
-    assert Program(jobs_url, tmp_path, tmp_path / "repository", "at NFE 2").run() == -signal.SIGKILL
-    again = Program(jobs_url, tmp_path, tmp_path / "repository", ahead=HOUR)
-    assert again.run() == 0
-    check_the_job(again, frames)
 
 
 def test_a_job_that_kills_its_server_three_times_is_not_tried_again(program: NewProgram) -> None:
