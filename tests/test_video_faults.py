@@ -1,17 +1,22 @@
 """What fails around videos: the student, the database, the storage, the server itself. No job is lost over it."""
 
 import asyncio
+import signal
+import socket
 import sqlite3
 from pathlib import Path
 
 import httpx
 import pytest
 
+from server.engine.device import DeviceLock, Priority
 from server.gateway.app import create_app
 from server.gateway.backend import BackendUnavailable, InvalidRequest, NumericalError
 from server.gateway.settings import Settings
+from server.jobs.store import JobStore
 from tests.conftest import start_server
 from tests.fakes import FakeVideos
+from tests.test_drain import wait_until
 from tests.video_service import BODY, PATH, Service, envelope, served, until
 
 
@@ -104,6 +109,34 @@ def test_a_database_of_another_version_ends_the_start_in_one_line(tmp_path: Path
     with pytest.raises(ValueError, match="version 0") as caught:
         served(tmp_path, lambda service: service.made())
     assert len(str(caught.value).splitlines()) == 1
+
+
+def half_a_request(url: str) -> socket.socket:
+    """A connection on which a request has begun, so that the server has something to wait for."""
+    connection = socket.create_connection((httpx.URL(url).host, httpx.URL(url).port or 80), timeout=30)
+    head = (f"POST {PATH}/sync HTTP/1.1", "Host: test", "Content-Type: application/json", "Content-Length: 9")
+    connection.sendall("\r\n".join((*head, "Expect: 100-continue", "", "")).encode())
+    assert connection.recv(100).startswith(b"HTTP/1.1 100"), "it waits for the body"
+    return connection
+
+
+def test_jobs_are_back_in_the_queue_before_a_second_signal_can_end_the_server(clips_repository: Path, tmp_path: Path) -> None:
+    locks, jobs = tmp_path / "locks", JobStore(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+    changes = {"FEWSTEP_JOBS_FOLDER": str(tmp_path), "FEWSTEP_LOCKS": str(locks)}
+    server = start_server(clips_repository, "inprocess", **changes)
+    lock = DeviceLock("cpu", Priority.HIGH, locks)
+    with lock.held(), half_a_request(server.url):
+        job_id = httpx.post(server.url + PATH, json=BODY).json()["id"]
+        wait_until(lambda: jobs.get(job_id, "anonymous").status == "in_progress", 30)
+        server.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: jobs.get(job_id, "anonymous").status == "queued", 30)
+        assert server.process.poll() is None, "half a request is still waited for"
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 128 + signal.SIGTERM
+    lock.close()
+    job = jobs.get(job_id, "anonymous")
+    assert (job.status, job.attempts) == ("queued", 0)
+    jobs.close()
 
 
 def test_a_job_of_a_server_that_was_killed_is_made_by_the_next_with_the_same_pixels(

@@ -1,4 +1,5 @@
-"""The end of a server: readiness goes first, then new requests are refused, then those under way are finished.
+"""The end of a server: readiness goes first, then new requests are refused, then those under way are finished. Jobs are left to
+the next server at once.
 
 A second signal ends everything at once.
 """
@@ -50,13 +51,15 @@ class Gate:
 class DrainingServer(uvicorn.Server):
     """uvicorn, which by itself closes its socket at the first signal, before anybody could know."""
 
-    def __init__(self, config: uvicorn.Config, drain: Drain, grace_seconds: float, kill: Callable[[], None]) -> None:
-        """kill: ends at once what would outlive this process."""
+    def __init__(
+        self, config: uvicorn.Config, drain: Drain, grace_seconds: float, leave: Callable[[], None], kill: Callable[[], None]
+    ) -> None:
+        """leave: called once, on the event loop, when draining begins; kill: ends at once what would outlive this process."""
         config.timeout_graceful_shutdown = LAST_SECONDS
         super().__init__(config)
-        self.drain, self.grace_seconds, self.kill = drain, grace_seconds, kill
+        self.drain, self.grace_seconds, self.leave, self.kill = drain, grace_seconds, leave, kill
         self.notice_seconds = 0.0
-        self.asked = 0.0
+        self.asked, self.left = 0.0, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle_exit)  # before uvicorn begins, and after it has ended
 
@@ -76,6 +79,9 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Asked ten times a second whether to end."""
         if self.drain.draining:
+            if not self.left:
+                self.left = True
+                self.leave()
             waited = time.monotonic() - self.asked
             idle = not self.drain.under_way and waited >= self.notice_seconds
             self.should_exit = self.should_exit or idle or waited > self.grace_seconds

@@ -64,7 +64,7 @@ async def serve_on(listener: socket.socket, backend: Backend, settings: Settings
     app.state.tracing = tracing = open_tracing(settings.otlp_endpoint)
     # X-Forwarded-* are anybody's words.
     config = uvicorn.Config(app, http=Http11, log_config=None, access_log=False, lifespan="off", proxy_headers=False)
-    server = DrainingServer(config, app.state.drain, settings.grace_seconds, backend.kill)
+    server = DrainingServer(config, app.state.drain, settings.grace_seconds, app.state.videos.leave, backend.kill)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     starting = asyncio.create_task(start(backend, app.state.videos))
     try:

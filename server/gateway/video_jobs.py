@@ -53,11 +53,15 @@ class VideoJobs:
             raise ValueError(str(error)) from None
         self.running = asyncio.create_task(self.run())
 
-    async def stop(self) -> None:
-        """Jobs under way go back to the queue, for the next start or another process to take at once."""
+    def leave(self) -> None:
+        """Jobs under way go back to the queue, for the next start or another process to take at once. The rest goes on."""
         self.stopping.set()
         for worker in self.workers:
             worker.stop()
+
+    async def stop(self) -> None:
+        """Leaves all jobs and closes the store."""
+        self.leave()
         if self.running:
             await asyncio.gather(self.running, return_exceptions=True)
         if self.opened:
