@@ -18,8 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from server.engine.device import FreeDevice
-from server.engine.engine import Determinism, Engine, Pixels, Progress, Request, Result, batch_policy
+from server.engine.engine import Determinism, Engine, batch_policy
 from server.engine.errors import EngineError
+from server.engine.request import Pixels, Progress, Request, Result
 from server.engine.scheduler import Scheduler
 from server.engine.session import Session, Tensors
 from server.generate import open_engine

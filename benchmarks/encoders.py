@@ -25,8 +25,8 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
-from server.engine.engine import Request
 from server.engine.fingerprint import device_class
+from server.engine.request import Request
 from server.gateway.json_answer import to_base64, to_json
 from server.gateway.media import encode_now
 from server.gateway.png import chunk, write_png

@@ -18,8 +18,9 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
 from server.engine.noise import initial_latents
+from server.engine.request import Request
 from tdm_train.checkpoint import load_student, open_pipeline
 from tdm_train.prompts import encode_prompts
 from tdm_train.rollout import rollout

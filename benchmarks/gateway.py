@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from benchmarks.server import Connection, served
 from server.engine.device import FreeDevice
-from server.engine.engine import Engine, Pixels, Request, Result
+from server.engine.engine import Engine
 from server.engine.errors import EngineError
 from server.engine.fingerprint import device_class
+from server.engine.request import Pixels, Request, Result
 from server.engine.scheduler import Scheduler
 from server.gateway.backend import GenerationRequest
 from server.gateway.triton_client import TritonClient

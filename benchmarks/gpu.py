@@ -18,8 +18,9 @@ from tqdm import tqdm
 from benchmarks.flops import matrix_flops
 from benchmarks.nfe import PROMPTS, law, measure
 from export.onnx_shapes import declared
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
 from server.engine.provider import Provider
+from server.engine.request import Request
 from server.engine.shapes import input_shapes
 from server.engine.student import open_verified
 from server.generate import student_folder

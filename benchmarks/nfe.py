@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
 from server.engine.fingerprint import device_class
+from server.engine.request import Request
 from server.engine.session import cpu_threads
 from server.gateway.media import encode_now
 from server.generate import open_engine

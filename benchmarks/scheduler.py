@@ -19,9 +19,10 @@ import numpy as np
 from tqdm import tqdm
 
 from server.engine.device import FreeDevice
-from server.engine.engine import Engine, Pixels, Progress, Request, Result
+from server.engine.engine import Engine
 from server.engine.errors import EngineError
 from server.engine.fingerprint import device_class
+from server.engine.request import Pixels, Progress, Request, Result
 from server.engine.scheduler import Scheduler
 from server.generate import open_engine
 

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
 from server.engine.fingerprint import device_class
+from server.engine.request import Request
 from server.engine.session import THREADS_VARIABLE, Tensors
 from server.generate import open_engine
 

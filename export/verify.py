@@ -19,7 +19,8 @@ from tqdm import tqdm
 from export.bfloat16 import widened_student
 from export.graphs import Graph, Tensors
 from export.reference import diffusers_latents
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
+from server.engine.request import Request
 from server.engine.session import Session
 from server.engine.student import GraphName, Precision, open_student
 from tdm_train.checkpoint import Student

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import get_args
 
-from server.engine.engine import Engine, Request, Result
+from server.engine.engine import Engine
 from server.engine.errors import InvalidRequest, StudentError
+from server.engine.request import Request, Result
 from server.engine.student import StudentManifest, read_manifest, student_folders
 from server.gateway.media import encode_now
 from server.gateway.schemas import Format

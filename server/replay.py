@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from server.engine.engine import Request
+from server.engine.request import Request
 from server.generate import open_engine
 from server.metadata import Metadata, pixel_sha256, read_metadata
 

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from server.engine.device_runtime import Array, Program, Work
-from server.engine.engine import Engine, Pixels, Request, Result
+from server.engine.engine import Engine
 from server.engine.errors import EngineError
 from server.engine.onnx_program import OnnxProgram
+from server.engine.request import Pixels, Request, Result
 from server.engine.session import PROVIDER, Tensors, open_graph
 from server.engine.student import Contents, open_student
 from server.engine.text import TextEncoder

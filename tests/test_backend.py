@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
+from server.engine.request import Request
 from server.gateway.backend import Backend, Generated, GenerationRequest
 from server.gateway.inprocess_backend import InProcessBackend
 from server.gateway.triton_backend import TritonBackend

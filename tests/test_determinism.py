@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks.determinism import MATES, BlasStep, Trials, control_of
 from server.engine.device import DeviceLock, Priority
-from server.engine.engine import Engine, Request, Result, batch_policy
+from server.engine.engine import Engine, batch_policy
+from server.engine.request import Request, Result
 from server.engine.scheduler import Scheduler
 from tests.conftest import ROOT
 from tests.fakes import Recorder
@@ -22,7 +23,8 @@ HASHES = """
 import sys
 from hashlib import sha256
 from pathlib import Path
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
+from server.engine.request import Request
 engine = Engine.open(Path(sys.argv[1]))
 for seed in range(3):
     print(sha256(engine.run(Request("a red circle", seed, 0, 2, sys.argv[2])).image.tobytes()).hexdigest())

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from server.engine.device import DeviceLock, Priority, priority_of
-from server.engine.engine import Engine, Request, Result
+from server.engine.engine import Engine
 from server.engine.errors import StudentError
+from server.engine.request import Request, Result
 from server.engine.scheduler import Scheduler
 from tests.conftest import ROOT
 from tests.fakes import Recorder

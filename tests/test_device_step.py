@@ -13,8 +13,9 @@ import pytest
 
 from server.engine.device import FreeDevice
 from server.engine.device_step import DeviceStep
-from server.engine.engine import Determinism, Engine, Progress, Request
+from server.engine.engine import Determinism, Engine
 from server.engine.errors import NumericalError
+from server.engine.request import Progress, Request
 from server.engine.scheduler import Scheduler
 from server.engine.student import ExportedStudent, open_student
 from tests.fakes import FakeRuntime, Recorder

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
 from server.engine.errors import InvalidRequest, NumericalError, StudentError
+from server.engine.request import Request
 from server.engine.session import OnnxSession, Tensors, cpu_threads
 from server.engine.student import GraphTensors, open_student
 from tests.tiny_student import LENGTH, build_tiny_student

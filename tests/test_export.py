@@ -24,7 +24,8 @@ from export.report import Report, side_by_side
 from export.tensorrt import toolchain
 from export.verify import Check, Pictures, Trajectory, compare_graph
 from fewstep import app
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
+from server.engine.request import Request
 from server.engine.student import GRAPHS, StudentManifest, open_student
 from server.inspect import as_text, inspect
 from tdm_train.checkpoint import load_student, open_pipeline, save_student

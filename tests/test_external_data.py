@@ -12,9 +12,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
 from server.engine.errors import StudentError
 from server.engine.external_data import check_external_data
+from server.engine.request import Request
 from server.engine.student import open_student, weights_of
 from tests.tiny_student import FILES, write_manifest
 

@@ -26,7 +26,8 @@ from export.reference import diffusers_latents
 from export.report import Report
 from export.verify import PROMPTS, exported_latents
 from export.video_decoders import VideoDecoder
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
+from server.engine.request import Request
 from server.engine.student import GRAPHS
 from tdm_train.backbones import backbone_of
 from tdm_train.checkpoint import Student, load_student

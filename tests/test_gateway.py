@@ -17,7 +17,8 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
+from server.engine.request import Request
 from server.gateway.app import create_app
 from server.gateway.backend import (
     BackendFault,

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
 from server.engine.errors import InvalidRequest, StudentError
+from server.engine.request import Request
 from server.gateway.video_media import read_mp4, write_mp4
 from server.generate import generate_file
 

@@ -17,8 +17,9 @@ from export.bfloat16 import widened
 from export.precision import ALL_FP32, in_dtype, in_precision, parse_precisions
 from export.publish import ExportRefused, export_student
 from export.report import Report
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
 from server.engine.errors import StudentError
+from server.engine.request import Request
 from server.engine.student import GRAPHS, STAGES, open_student
 from server.inspect import as_text, inspect
 from tdm_train.checkpoint import Student, load_student

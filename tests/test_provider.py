@@ -10,10 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from fewstep import app
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
 from server.engine.engine_plan import FOLDER, MANIFEST, EngineManifest, EnginePlan, Recipe, ShapeRange
 from server.engine.errors import EngineError, StudentError
 from server.engine.provider import VARIABLE, batches, provider_asked_for
+from server.engine.request import Request
 from server.engine.shapes import input_shapes, most_rows
 from server.engine.student import GRAPHS, open_student
 from tests.fakes import FakeRuntime

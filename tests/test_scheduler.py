@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.engine.device import FreeDevice
-from server.engine.engine import Engine, Request, Result
+from server.engine.engine import Engine
 from server.engine.errors import Cancelled, DeadlineExceeded, EngineError, InvalidRequest, NumericalError, ShuttingDown
 from server.engine.metrics import MemoryMetrics
+from server.engine.request import Request, Result
 from server.engine.scheduler import Scheduler
 from server.engine.session import Session, Tensors
 from tests.fakes import NAN_SEED, RAISING_SEED, FakeClock, FakeEngine, Recorder, fake_engine

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from server.engine import seats as seats_module
 from server.engine.device import FreeDevice
-from server.engine.engine import Progress, Request
 from server.engine.member import Member
 from server.engine.metrics import MemoryMetrics
+from server.engine.request import Progress, Request
 from server.engine.scheduler import Scheduler
 from server.engine.seats import TURN, Seats, flooding
 from tests.fakes import FakeClock, FakeDecoder, FakeStep, Recorder, fake_engine

@@ -19,8 +19,9 @@ import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
 from server.engine.errors import NumericalError
+from server.engine.request import Request
 from server.engine.session import Tensors
 from server.gateway.app import create_app
 from server.gateway.inprocess_backend import InProcessBackend

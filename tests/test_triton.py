@@ -18,7 +18,8 @@ import pytest
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from server.engine.engine import Engine, Request
+from server.engine.engine import Engine
+from server.engine.request import Request
 from server.gateway import triton_backend
 from server.gateway.backend import (
     BackendFailed,

@@ -15,91 +15,19 @@ import numpy.typing as npt
 
 from server.engine.clip import Clip
 from server.engine.device_runtime import DeviceRuntime
-from server.engine.device_step import DeviceStep, Place
-from server.engine.errors import InvalidRequest, NumericalError
+from server.engine.device_step import DeviceStep
+from server.engine.errors import NumericalError
 from server.engine.fingerprint import fingerprint, fingerprint_parts
 from server.engine.noise import initial_latents
 from server.engine.provider import Provider, open_sessions, provider_asked_for
+from server.engine.request import Floats, Pixels, Progress, Request, Result, Span, check_request
 from server.engine.session import Session, Tensors
 from server.engine.shapes import DECODE_BATCH, NFE_BATCH
 from server.engine.student import NEXT, ExportedStudent, StudentManifest, open_student
-from server.engine.text import Text, TextEncoder
+from server.engine.text import TextEncoder
 
 NOT_FINITE = "the student's output is not finite: no image was made"
 Determinism = Literal["strict", "fast"]
-Floats = npt.NDArray[np.float32]
-Pixels = npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One image or video of one request. seed: 0..2^64-1; size: "WxH"; previews: after which NFEs (1 .. nfe - 1) x0 is shown;
-    tells_steps: whether each NFE is told when it is executed; probe: asked by the server itself, to see whether it works; who:
-    the key that asks; keys share the device evenly."""
-
-    prompt: str
-    seed: int
-    image_index: int
-    nfe: int
-    size: str
-    previews: tuple[int, ...] = ()
-    tells_steps: bool = False
-    probe: bool = False
-    who: str = ""
-
-
-@dataclass(frozen=True)
-class Span:
-    """One stage of one request: begin on the clock of time.perf_counter_ns, nanoseconds it took, rows that shared the call."""
-
-    stage: str
-    begin: int
-    nanoseconds: int
-    batch: int = 1
-
-
-@dataclass
-class Progress:
-    """A request under way. Arrays have a batch dimension of 1; table [nfe, 4] float32.
-
-    place: where its latents and x0 are while they stay on a device. `latents` and `x0` are then older: they are renewed by
-    the last NFE, and by those after which x0 is to be shown.
-    """
-
-    request: Request
-    table: Floats
-    text: Text
-    latents: Floats
-    x0: Floats
-    spans: list[Span]
-    step: int = 0
-    place: Place | None = None
-
-    @property
-    def remaining(self) -> int:
-        """NFEs still to run."""
-        return self.request.nfe - self.step
-
-    @property
-    def shown_next(self) -> bool:
-        """Whether the outcome of the coming NFE is decoded."""
-        return self.remaining == 1 or self.step + 1 in self.request.previews
-
-
-@dataclass(frozen=True)
-class Result:
-    """image uint8 [H, W, 3], of a video [F, H, W, 3]; spans in the order they ran; tokens of the prompt, end mark included."""
-
-    image: Pixels
-    spans: tuple[Span, ...]
-    tokens: int
-    fingerprint: str
-    fingerprint_parts: dict[str, str]
-
-    @property
-    def nanoseconds(self) -> dict[str, int]:
-        """Nanoseconds by stage, in the order they ran: text_encoder (tokeniser included), noise, nfe1 .., vae_decoder."""
-        return {span.stage: span.nanoseconds for span in self.spans if span.stage != "preview"}
 
 
 @dataclass(frozen=True)
@@ -168,7 +96,7 @@ class Engine:
 
     def prepare(self, request: Request) -> Progress:
         """Everything before the first NFE. Raises InvalidRequest."""
-        self.check(request)
+        check_request(request, self.manifest)
         begin = time.perf_counter_ns()
         text = self.text_encoder.encode(request.prompt)
         encoded = time.perf_counter_ns()
@@ -286,22 +214,6 @@ class Engine:
         for slot in range(count):
             batch[slot] = rows[min(slot, len(rows) - 1)][0]
         return batch
-
-    def check(self, request: Request) -> None:
-        """Raises InvalidRequest for what this student was not exported for."""
-        limit, nfe, sizes = self.manifest.max_prompt_characters, self.manifest.nfe, self.manifest.sizes
-        if not request.prompt.strip() or len(request.prompt) > limit:
-            raise InvalidRequest(f"prompt must have 1 to {limit} characters, got {len(request.prompt)}", "prompt")
-        if request.nfe not in nfe:
-            raise InvalidRequest(f"NFE must be one of {', '.join(map(str, nfe))}, got {request.nfe}", "nfe")
-        if request.size not in sizes:
-            raise InvalidRequest(f"size must be one of {', '.join(sizes)}, got {request.size!r:.40}", "size")
-        if not 0 <= request.seed < 2**64:
-            raise InvalidRequest(f"seed must be 0 to {2**64 - 1}, got {request.seed}", "seed")
-        if not 0 <= request.image_index < 2**32:
-            raise InvalidRequest(f"image_index must be 0 to {2**32 - 1}, got {request.image_index}", "image_index")
-        if any(not 0 < step < request.nfe for step in request.previews):
-            raise InvalidRequest(f"previews must be after NFE 1 to {request.nfe - 1}, got {request.previews}", "previews")
 
 
 def height_width(size: str) -> tuple[int, int]:

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from server.engine.clip import Clip
-from server.engine.engine import Floats, Pixels, Progress, Result
 from server.engine.errors import EngineError
 from server.engine.metrics import Metrics
+from server.engine.request import Floats, Pixels, Progress, Result
 
 
 class Sink(Protocol):

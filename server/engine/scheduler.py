@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable, Set
 
 from server.engine.device import Device
-from server.engine.engine import Engine, Pixels, Request, Span
+from server.engine.engine import Engine
 from server.engine.errors import Cancelled, DeadlineExceeded, EngineError, ShuttingDown
 from server.engine.member import Member, Sink
 from server.engine.metrics import METRICS, MemoryMetrics, Metrics
+from server.engine.request import Pixels, Request, Span
 from server.engine.seats import TURN, Seats, flooding
 
 logger = logging.getLogger("fewstep")

@@ -18,8 +18,9 @@ import numpy as np
 import triton_python_backend_utils as pb
 
 from server.engine.device import DeviceLock, priority_of
-from server.engine.engine import Determinism, Engine, Pixels, Request, Result
+from server.engine.engine import Determinism, Engine
 from server.engine.errors import Cancelled, EngineError, StudentError, to_wire
+from server.engine.request import Pixels, Request, Result
 from server.engine.scheduler import Scheduler
 from server.engine.triton_metrics import TritonMetrics
 

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from server.engine.device import DeviceLock, priority_of
-from server.engine.engine import Determinism, Engine, Pixels, Request, Result
+from server.engine.engine import Determinism, Engine
 from server.engine.errors import EngineError, StudentError
 from server.engine.exposition import exposition
 from server.engine.metrics import MemoryMetrics
+from server.engine.request import Pixels, Request, Result
 from server.engine.scheduler import Scheduler
 from server.engine.student import student_folders
 from server.engine.triton_config import student_parameters
