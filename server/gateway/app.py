@@ -3,6 +3,7 @@
 import time
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from server.gateway import files, routes_images, routes_metrics, routes_models, routes_playground, routes_videos
@@ -25,12 +26,18 @@ from server.gateway.shedding import Shedding
 from server.gateway.video_content import Contents
 from server.gateway.video_jobs import VideoJobs
 
+DOCS_ASSETS = "/docs-assets"
+
 
 def create_app(backend: Backend, settings: Settings) -> FastAPI:
     """Routes, errors and keys; starting and stopping `backend` and then app.state.videos is the caller's affair (see serve.py).
     Raises KeysError."""
-    app = FastAPI(
-        title="fewstep", description="Few-step diffusion students over OpenAI's image and video API.", redirect_slashes=False
+    app = FastAPIOffline(
+        title="fewstep",
+        description="Few-step diffusion students over OpenAI's image and video API.",
+        redirect_slashes=False,
+        redoc_url=None,
+        static_url=DOCS_ASSETS,
     )
     app.state.backend = backend
     app.state.settings = settings

@@ -14,7 +14,7 @@ from server.gateway.limits import Usage
 ANONYMOUS = "anonymous"
 # No secrets here: the playground's page, which asks for a key itself, and what orchestrators look at. A link to an image is
 # signed, which is its key.
-OPEN = re.compile(r"/|/livez|/readyz|/health|/playground/[^/]+|/files/[^/]+")
+OPEN = re.compile(r"/|/livez|/readyz|/health|/playground/[^/]+|/docs-assets/[^/]+|/files/[^/]+")
 # Pages for a browser, which asks for a name and a password of its own accord and sends them as RFC 7617 has it. Not for routes
 # that do something: a browser sends them along with whatever any page of any origin asks for.
 BROWSED = re.compile(r"/docs|/openapi\.json")

@@ -174,4 +174,4 @@ def methods(request: Request) -> set[str]:
         if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
             found.append(route)
     own = [route for route in found if not route.param_convertors]  # what is said of a path by name goes before a pattern
-    return {method for route in own or found for method in route.methods or ()}
+    return {method for route in own or found for method in route.methods or ()} or {"GET", "HEAD"}  # a folder of files
