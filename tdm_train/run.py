@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -125,7 +126,8 @@ class Run:
                 saved = time.monotonic()
         self.checkpoints.save(self.iterations)
         self.bar.close()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def update(self, loss: torch.Tensor, module: nn.Module, optimizer: torch.optim.Optimizer) -> float:
         """One optimiser step on `loss`; returns the gradient's norm before it was clipped to 1."""
@@ -172,6 +174,7 @@ def launch(train: Callable[..., None], processes: int, *arguments) -> None:
     """Calls `train(*arguments)` in `processes` data-parallel processes on this machine (in this process when it is 1)."""
     if processes == 1 or "RANK" in os.environ:  # or `accelerate launch` has started the processes
         train(*arguments)
+        leave_group()
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -185,6 +188,16 @@ def _worker(rank: int, parent: int, processes: int, port: int, train: Callable[.
     os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     train(*arguments)
+    leave_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # everything is written; were the interpreter to end first, threads of torch's would abort it now and then
+
+
+def leave_group() -> None:
+    """Ends what connects the processes. To be called when nothing is left to be gathered."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _end_with_parent(parent: int) -> None:

@@ -80,6 +80,7 @@ def save_gathered(out: Path) -> None:
     torch.manual_seed(1)
     module = fully_shard(torch.nn.Linear(4, 3), mesh=init_device_mesh("cpu", (run.processes,)))
     shard = module.weight.to_local().clone()
+    assert list(run.steps()) == [0]  # what is cut up is whole again only after the last step
     run.gather(module)
     save_file({"weight": module.weight.detach(), "shard": shard}, out / f"{run.rank}.safetensors")
 
