@@ -21,8 +21,9 @@ MEDIA_TYPES: dict[VideoFormat, str] = {"mp4": "video/mp4", "webp": "image/webp",
 Frames = npt.NDArray[np.uint8]
 
 # Finer than what is called visually lossless (18), since WebP and GIF are made from the mp4. One thread, since x264 cuts the
-# frames up by its threads: the same frames are the same bytes on any number of cores. bitexact: no version in the file.
-H264 = {"crf": "14", "preset": "medium", "threads": "1", "flags": "+bitexact"}
+# frames up by its threads: the same frames are the same bytes on any number of cores. No mbtree, since it reads memory that
+# nobody has written: one file in ten was another. bitexact: no version in the file.
+H264 = {"crf": "14", "preset": "medium", "threads": "1", "x264-params": "no-mbtree=1", "flags": "+bitexact"}
 MP4 = {"movflags": "+faststart", "fflags": "+bitexact"}
 QUALITY = 90  # of the WebP animation and of the thumbnail
 PALETTE_PIXELS = 2**18  # from which the colours of a GIF are chosen
