@@ -92,16 +92,22 @@ def test_a_key_that_floods_waits_for_the_others_but_not_for_ever() -> None:
     dealer, candidates = Seats(), [member("flood") for _ in range(40)] + [member("a"), member("b")]
     batches = [whose(dealer.deal(candidates, 16, {"flood"})) for _ in range(3 * TURN)]
     assert all(batch["a"] == batch["b"] == 1 for batch in batches)
-    assert [batch["flood"] for batch in batches[TURN - 1 :: TURN]] == [6, 6, 6], "an even share of 16 for each of three keys"
-    assert sum(batch["flood"] for batch in batches) == 3 * 6
+    assert [batch["flood"] for batch in batches[TURN - 1 :: TURN]] == [2, 2, 2]
+    assert sum(batch["flood"] for batch in batches) == 3 * 2
 
 
 def test_a_key_that_floods_leaves_seats_empty_while_others_have_been_there_lately() -> None:
     dealer, flood = Seats(), [member("flood") for _ in range(40)]
-    dealer.deal([member("a"), member("b"), member("c", probe=True)], 16)
-    assert whose(dealer.deal(flood, 16, {"flood"})) == {"flood": 6}, "who asks for the server itself is not counted"
+    dealer.deal([member("a"), member("b")], 16)
+    assert whose(dealer.deal(flood, 16, {"flood"})) == {"flood": 2}
     later = [whose(dealer.deal(flood, 16, {"flood"}))["flood"] for _ in range(seats_module.LATELY)]
     assert later[-1] == 16
+
+
+def test_keys_that_flood_share_all_seats_while_nobody_else_is_there() -> None:
+    dealer, floods = Seats(), [member(who) for who in "ab" for _ in range(40)]
+    dealer.deal([member("c", probe=True)], 16)
+    assert whose(dealer.deal(floods, 16, {"a", "b"})) == {"a": 8, "b": 8}, "who asks for the server itself is not counted"
 
 
 def test_nobody_waits_for_the_decodes_of_a_key_that_floods(tmp_path: Path) -> None:

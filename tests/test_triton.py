@@ -165,6 +165,16 @@ async def survive(backend: TritonBackend, pid: int) -> None:
     assert await backend.ready()
 
 
+def test_triton_does_not_take_the_core_of_the_gateway_that_wakes_it(tiny_repository: Path) -> None:
+    async def scenario() -> None:
+        async with running(tiny_repository) as backend:
+            for process in backend.processes():
+                policies = {os.sched_getscheduler(int(thread)) for thread in os.listdir(f"/proc/{process}/task")}
+                assert policies == {os.SCHED_BATCH}
+
+    asyncio.run(scenario())
+
+
 def test_triton_killed_in_mid_request_is_unavailable_then_healthy(tiny_repository: Path) -> None:
     async def scenario() -> None:
         async with running(tiny_repository) as backend:

@@ -6,7 +6,7 @@ dealt whatever the length, so that nobody starves.
 
 An even share is not enough for whoever shares seats with a flood: full batches take several times as long as the small ones
 they had before. So a key that floods has seats when nobody else wants any, and beside the others in every TURN-th batch; and
-never more than an even share while others have had seats lately, since who comes next waits for the end of the batch.
+never more than a FEW of them while others have had seats lately, since who comes next waits for the end of the batch.
 """
 
 from collections import Counter
@@ -16,6 +16,7 @@ from server.engine.member import Member
 
 FLOOD = 2  # full batches that a key may have under way before it floods
 TURN = 16
+FEW = 8  # one seat in so many
 LATELY = 50  # batches: about a second
 
 
@@ -41,8 +42,9 @@ class Seats:
         if others and self.number % TURN:
             hands = others
         hands = [(hand, member) for hand, member in hands if member.shape == hands[0][1].shape]
-        share = -(-seats // len(self.served.keys() | {member.who for _, member in hands}))
-        batch = [member for hand, member in hands if hand < share or member.who not in flooding][:seats]
+        lately = self.served.keys() | {member.who for _, member in hands}
+        most = max(seats // FEW, 1) if lately - flooding else seats
+        batch = [member for hand, member in hands if hand < most or member.who not in flooding][:seats]
         if len(hands) > len(batch):
             shortest = min((member for _, member in hands), key=lambda member: member.length)
             self.kept = shortest not in batch and (seats > 1 or not self.kept)

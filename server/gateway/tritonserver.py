@@ -21,9 +21,16 @@ PROJECT = Path(__file__).resolve().parents[2]
 STOP_SECONDS = 5
 # The wheel's Triton is old, so what lets a client reach files, memory or models is closed with a key nobody knows.
 CLOSED_PROTOCOLS = "shared-memory,model-repository,logging,trace"
-# Runs before tritonserver, in its process: asks the kernel (PR_SET_PDEATHSIG = 1) for a SIGTERM should the gateway vanish.
-# Not SIGKILL, which would leave the stubs behind.
-LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+# Runs before tritonserver, in its process. Asks the kernel (PR_SET_PDEATHSIG = 1) for a SIGTERM should the gateway vanish; not
+# for SIGKILL, which would leave the stubs behind. SCHED_BATCH: who is woken up does not take the core of whoever woke it, or
+# the gateway would lose it with every request that it sends. A sandbox may refuse that, which costs only milliseconds.
+LAUNCHER = """
+import contextlib, ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)
+with contextlib.suppress(OSError):
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 NO_WHEEL = "Triton is not installed ({what}); run `pip install 'fewstep[triton]'` (Linux), or serve with `--backend inprocess`"
 
 
