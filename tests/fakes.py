@@ -276,6 +276,8 @@ class FakeVideos:
     async def scrape(self) -> str:
         return ""
 
+    def check_prompt(self, student: str, prompt: str) -> None: ...
+
     def processes(self) -> list[int]:
         return [os.getpid()]
 

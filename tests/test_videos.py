@@ -20,6 +20,7 @@ from server.gateway.settings import Settings
 from server.gateway.video_media import read_mp4
 from server.gateway.video_responses import DeletedVideo, VideoPage
 from server.metadata import pixel_sha256
+from tests.conftest import Server
 from tests.fakes import MOTION, FakeVideos
 from tests.video_service import BODY, PATH, SHAPE, Service, envelope, served, until
 
@@ -165,9 +166,10 @@ def test_a_full_queue_refuses_exactly_what_is_too_much_but_never_a_repeat(tmp_pa
         # The first 4 NFEs and the rest of a video are taken for 5 * 0.02 s before anything is known.
         first = await service.create({"idempotency-key": "first"})
         await service.create()
-        full = await service.client.post(PATH, json=BODY)
-        assert envelope(full, 503)["code"] == "overloaded"
-        assert int(full.headers["retry-after"]) >= 1
+        for path in (PATH, f"{PATH}/sync"):
+            full = await service.client.post(path, json=BODY)
+            assert envelope(full, 503)["code"] == "overloaded"
+            assert int(full.headers["retry-after"]) >= 1
         assert (await service.create({"idempotency-key": "first"}))["id"] == first["id"]
         await service.client.delete(f"{PATH}/{first['id']}")
         await service.create()
@@ -272,6 +274,25 @@ def test_pixels_are_the_same_by_job_and_by_sync_through_the_real_student(tmp_pat
         await app.state.videos.stop()
 
     asyncio.run(run())
+
+
+def test_a_prompt_of_too_many_tokens_becomes_no_job(tmp_path: Path, clips_backend: Any, clips_server: Server) -> None:
+    """Neither in process nor through Triton."""
+    body = BODY | {"prompt": "a " * 45}
+
+    async def run() -> httpx.Response:
+        app = create_app(clips_backend, Settings(jobs_folder=tmp_path / "jobs"))
+        await app.state.videos.start()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            answer = await client.post(PATH, json=body)
+            assert (await client.get(PATH)).json()["data"] == []
+        await app.state.videos.stop()
+        return answer
+
+    for answer in (asyncio.run(run()), httpx.post(clips_server.url + PATH, json=body)):
+        error = envelope(answer, 400)
+        assert error["param"] == "prompt"
+        assert "tokens, at most" in error["message"]
 
 
 def test_a_closed_socket_stops_a_synchronous_video(tmp_path: Path) -> None:

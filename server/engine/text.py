@@ -41,11 +41,7 @@ class TextEncoder:
     @classmethod
     def of(cls, student: ExportedStudent, session: Session) -> "TextEncoder":
         """With the tokenisers of a verified student; raises StudentError."""
-        manifest = student.manifest
-        opened = [
-            (settings, open_tokenizer(settings.file, bytes(student.files[settings.file]))) for settings in manifest.tokenizers
-        ]
-        return cls(opened, session, manifest.conditions)
+        return cls(open_tokenizers(student), session, student.manifest.conditions)
 
     def encode(self, prompt: str) -> Text:
         """Raises InvalidRequest."""
@@ -84,6 +80,12 @@ class TextEncoder:
         return tensors, used
 
 
+def check_prompt(prompt: str, tokenizers: Sequence[tuple[TokenizerSettings, Tokenizer]]) -> None:
+    """Raises InvalidRequest for what TextEncoder would refuse."""
+    for settings, tokenizer in tokenizers:
+        token_ids(prompt, settings, tokenizer)
+
+
 def token_ids(prompt: str, settings: TokenizerSettings, tokenizer: Tokenizer) -> list[int]:
     """The prompt's tokens, at most settings.length. Raises InvalidRequest; truncates only where the settings say so."""
     try:
@@ -97,6 +99,12 @@ def token_ids(prompt: str, settings: TokenizerSettings, tokenizer: Tokenizer) ->
             f"prompt has {len(ids)} tokens, at most {settings.length} are understood (end mark included)", "prompt"
         )
     return [*ids[: settings.length - 1], ids[-1]]  # the end mark stays
+
+
+def open_tokenizers(student: ExportedStudent) -> list[tuple[TokenizerSettings, Tokenizer]]:
+    """Those of a verified student; raises StudentError."""
+    named = student.manifest.tokenizers
+    return [(settings, open_tokenizer(settings.file, bytes(student.files[settings.file]))) for settings in named]
 
 
 def open_tokenizer(file: str, contents: bytes) -> Tokenizer:

@@ -140,7 +140,7 @@ class StudentCard:
 
 
 class Backend(Protocol):
-    """Runs students. Everything but `students` is a coroutine, so that a fake is a few lines."""
+    """Runs students. What takes time is a coroutine."""
 
     students: dict[str, StudentCard]
 
@@ -159,6 +159,10 @@ class Backend(Protocol):
 
         Cancelling the task stops the work within one NFE. Raises an EngineError or a BackendError.
         """
+        ...
+
+    def check_prompt(self, student: str, prompt: str) -> None:
+        """Raises InvalidRequest where a student that makes videos would, for who generates later."""
         ...
 
     def processes(self) -> list[int]:

@@ -15,6 +15,7 @@ from server.engine.metrics import MemoryMetrics
 from server.engine.request import Pixels, Request, Result
 from server.engine.scheduler import Scheduler
 from server.engine.student import student_folders
+from server.engine.text import check_prompt
 from server.engine.triton_config import student_parameters
 from server.gateway.backend import (
     BackendFailed,
@@ -72,6 +73,9 @@ class InProcessBackend:
         spans = tuple(Span(span.stage, span.begin, span.nanoseconds, span.batch) for span in result.spans)
         named = {name: getattr(result, name) for name in ("tokens", "fingerprint", "fingerprint_parts")}
         return Generated(result.image, spans, **named, round_trip=time.perf_counter_ns() - begin)
+
+    def check_prompt(self, student: str, prompt: str) -> None:
+        check_prompt(prompt, self.schedulers[student].engine.text_encoder.tokenizers)
 
     def processes(self) -> list[int]:
         return [os.getpid()]

@@ -70,7 +70,7 @@ async def make_video(request: Request) -> Response:
     plan = replace(plan, deadline=time.monotonic() + timeout_ms / 1000)
     current().planned(plan.student.name, plan.nfe, plan.seed)
     format = preferred(request.headers.get("accept", ""), FORMATS) or "mp4"
-    with jobs.admission.admitted(plan, 1):
+    async with jobs.admitted(plan):
         clip = await unless_gone(request, jobs.maker.make(plan, format))
     record(clip)
     return Response(clip.content, media_type=MEDIA_TYPES[format], headers=sync_headers(plan, clip, begin))

@@ -5,11 +5,12 @@ import contextlib
 import logging
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 
 from server.engine.errors import StudentError
-from server.engine.student import open_student, student_folders
+from server.engine.student import TokenizerSettings, open_student, student_folders
 from server.gateway.backend import (
     BackendError,
     BackendFailed,
@@ -24,6 +25,9 @@ from server.gateway.backend import (
 )
 from server.gateway.triton_client import TritonClient
 from server.gateway.tritonserver import TritonServer, find_triton
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 logger = logging.getLogger("fewstep")
 
@@ -48,6 +52,7 @@ class TritonBackend:
             "FEWSTEP_PROVIDER": provider,
         }
         self.students: dict[str, StudentCard] = {}
+        self.tokenizers: dict[str, list[tuple[TokenizerSettings, Tokenizer]]] = {}  # of the students that make videos
         self.server: TritonServer | None = None
         self.client: TritonClient | None = None
         self.watcher: asyncio.Task[None] | None = None
@@ -60,8 +65,12 @@ class TritonBackend:
         installation = find_triton()
         try:
             folders = await asyncio.to_thread(student_folders, self.repository)
-            for folder in folders.values():
-                await asyncio.to_thread(open_student, folder)
+            for name, folder in folders.items():
+                student = await asyncio.to_thread(open_student, folder)
+                if student.manifest.media_type == "video":
+                    from server.engine.text import open_tokenizers  # who serves images alone needs no tokenizers here
+
+                    self.tokenizers[name] = open_tokenizers(student)
         except StudentError as error:
             raise BackendFailed(str(error)) from None
         self.installation, self.names = installation, list(folders)
@@ -105,6 +114,11 @@ class TritonBackend:
         except (BackendUnavailable, BackendTimeout):
             self.trouble.set()
             raise
+
+    def check_prompt(self, student: str, prompt: str) -> None:
+        from server.engine.text import check_prompt
+
+        check_prompt(prompt, self.tokenizers[student])
 
     def processes(self) -> list[int]:
         return [self.server.process.pid, *self.server.stubs] if self.server else []

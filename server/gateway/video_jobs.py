@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 from server.gateway.admission import Admission
 from server.gateway.backend import Backend
@@ -107,18 +108,32 @@ class VideoJobs:
 
     async def take(self, plan: VideoPlan, key: str | None, body_sha256: str) -> Job:
         """A job that is on disk, or the one that was made with this idempotency key before. Raises ApiError 429 or 503 where
-        there is no room for another one, IdempotencyConflict, StoreUnavailable."""
+        there is no room for another one, InvalidRequest, IdempotencyConflict, StoreUnavailable."""
+        self.backend.check_prompt(plan.student.name, plan.prompt)
 
         def admit(waiting: dict[str, Work]) -> None:
-            cost = self.admission.costs[plan.student.name, plan.size]
-            besides = {who: round((work.nfe * cost.nfe + work.jobs * cost.image) * 1e9) for who, work in waiting.items()}
-            self.admission.check(self.admission.ticket(plan, 1), besides)
+            self.admission.check(self.admission.ticket(plan, 1), self.nanoseconds(waiting, plan))
 
         job, created = await beside(self.store.create, plan.document(), plan.who, plan.nfe, key, body_sha256, admit)
         if created:
             for worker in self.workers:
                 worker.wake()
         return job
+
+    @asynccontextmanager
+    async def admitted(self, plan: VideoPlan) -> AsyncIterator[None]:
+        """Room for a video that is no job, beside all jobs; where they cannot be asked for, none of them is worked on. Raises
+        ApiError 429 or 503."""
+        waiting: dict[str, Work] = {}
+        with suppress(StoreUnavailable):
+            waiting = await beside(self.store.waiting)
+        with self.admission.admitted(plan, 1, self.nanoseconds(waiting, plan)):
+            yield
+
+    def nanoseconds(self, waiting: dict[str, Work], plan: VideoPlan) -> dict[str, int]:
+        """Of the device for what waits, by owner, as if all were videos like the planned one."""
+        cost = self.admission.costs[plan.student.name, plan.size]
+        return {who: round((work.nfe * cost.nfe + work.jobs * cost.image) * 1e9) for who, work in waiting.items()}
 
     async def cancel(self, job_id: str, owner: str) -> Job:
         """Raises NoSuchJob or StoreUnavailable."""

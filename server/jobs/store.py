@@ -195,6 +195,11 @@ class JobStore:
         with self.database.reading() as session:
             return session.scalar(select(rest).where(Job.available_at.is_not(None), Job.number < job.number)) or 0
 
+    def waiting(self) -> dict[str, Work]:
+        """What is yet to be done, by owner."""
+        with self.database.reading() as session:
+            return open_work(session)
+
     def counts(self, owner: str | None = None) -> dict[Status, int]:
         """How many jobs there are in each state, of one owner or of all."""
         query = select(Job.status, func.count()).group_by(Job.status)
