@@ -116,7 +116,7 @@ def test_nobody_waits_for_the_decodes_of_a_key_that_floods(tmp_path: Path) -> No
     turns = [scheduler.decodes_next(polite, done, {"flood"}) for _ in range(2 * TURN)]
     assert [turn for turn, decodes in enumerate(turns, 1) if decodes] == [TURN, 2 * TURN], "but not for ever"
     assert scheduler.decodes_next(flood, [member("a")], {"flood"}), "nor for its NFEs"
-    scheduler.just_decoded = True
+    scheduler.runner.just_decoded = True
     assert not scheduler.decodes_next(polite, [member("b")], {"flood"}), "the others take turns"
     assert scheduler.decodes_next([], done, {"flood"})
 
