@@ -32,6 +32,7 @@ from diffusers import CogVideoXTransformer3DModel, DDIMScheduler, PixArtTransfor
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from export.comparison import Check, compared
 from export.families import FAMILIES
 from export.graphs import Graph
 from export.onnx import export_graph
@@ -40,7 +41,7 @@ from export.publish import sha256
 from export.student_graphs import side_dims, step_graph
 from export.tensorrt import toolchain
 from export.tensorrt_network import build_plan
-from export.verify import Check, compared, eager
+from export.verify import eager
 from server.engine.engine_plan import Recipe, ShapeRange
 from server.engine.external_data import check_external_data
 from server.engine.fingerprint import device_class

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from export.verify import AGAINST_FLOAT32, PROMPTS, Check, Proof, Trajectory
+from export.comparison import AGAINST_FLOAT32, Check, Proof, Trajectory
+from export.verify import PROMPTS
 from server.engine.fingerprint import device_class
 from server.engine.student import Precision, StudentManifest
 from server.table import aligned, readable_size

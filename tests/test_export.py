@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 
 import export.onnx
 import export.publish
+from export.comparison import Check, Pictures, Trajectory
 from export.graphs import Graph
 from export.onnx import halve_weights
 from export.publish import ExportRefused, export_student
 from export.report import Report, side_by_side
 from export.tensorrt import toolchain
-from export.verify import Check, Pictures, Trajectory, compare_graph
+from export.verify import compare_graph
 from fewstep import app
 from server.engine.engine import Engine
 from server.engine.request import Request
