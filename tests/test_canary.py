@@ -129,9 +129,10 @@ def video(client: httpx.Client) -> None:
 
 
 def crash(client: httpx.Client, server: Server) -> None:
-    """Kills the model's process again and again until a request of ours has felt it, and waits for the server to mend."""
+    """Kills the process that makes the images, sends requests until one has felt it, and waits for the server to mend."""
     end, statuses = time.monotonic() + 30, set()
-    os.kill(server.children()[-1], signal.SIGKILL)
+    (stub,) = (child for child in server.children() if b"/scenes/" in Path(f"/proc/{child}/cmdline").read_bytes())
+    os.kill(stub, signal.SIGKILL)
     while 503 not in statuses or 200 not in statuses:
         assert time.monotonic() < end, statuses
         answer = client.post(PATH, json={"prompt": PROMPT, "seed": 2})
