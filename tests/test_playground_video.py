@@ -21,6 +21,7 @@ from playwright.sync_api import Browser, Locator, Route, expect
 
 from server.engine.device import DeviceLock, Priority
 from server.gateway.keys import create
+from server.jobs.store import JobStore
 from tests.browser import Visit, copied, shown, visited
 from tests.conftest import Server, start_server
 from tests.tiny_video import build_tiny_video
@@ -376,19 +377,32 @@ def test_a_deleted_video_is_said_to_be_deleted(visit: Visit, held: Held) -> None
 # ---- what goes wrong ----
 
 
-def test_an_error_is_shown_in_the_server_s_words(visit: Visit) -> None:
-    visit.page.fill("#video-prompt", "   ")
+@pytest.mark.parametrize("prompt", ["   ", "a " * 40], ids=["blank", "too many tokens"])
+def test_an_error_is_shown_in_the_server_s_words(visit: Visit, prompt: str) -> None:
+    visit.page.fill("#video-prompt", prompt)
     visit.page.click("#video-generate")
-    said = httpx.post(f"{visit.url}/v1/videos", json={"prompt": "   "}).json()["error"]["message"]
+    said = httpx.post(f"{visit.url}/v1/videos", json={"prompt": prompt}).json()["error"]["message"]
     expect(visit.page.get_by_role("alert")).to_have_text(said)
     visit.refused()
 
 
-def test_a_video_that_cannot_be_made_says_why(visit: Visit) -> None:
-    visit.begin("a " * 40)
-    expect(visit.page.get_by_role("alert")).to_contain_text(re.compile("at most [0-9]+ are understood"))
-    expect(visit.page.locator("#video-noise")).to_be_visible()
-    expect(visit.page.locator("#video-downloads")).to_be_hidden()
+def test_a_video_that_cannot_be_made_says_why(browser: Browser, repository: Path, tmp_path: Path) -> None:
+    """It fails in the hands of another process, which has the same store."""
+    server = serve_videos(repository, tmp_path, "--set", "video_workers=0")
+    store = JobStore(f"sqlite:///{tmp_path / 'jobs.sqlite'}")
+    try:
+        for visit in visited(server.url, browser, {}, part="#video"):
+            visit.begin(PROMPT)
+            visit.status("Queued.")
+            lease = store.claim("another process")
+            assert lease is not None
+            store.fail(lease, "numerical_error", "the student's output is not finite: no video was made")
+            expect(visit.page.get_by_role("alert")).to_contain_text("output is not finite: no video was made")
+            expect(visit.page.locator("#video-noise")).to_be_visible()
+            expect(visit.page.locator("#video-downloads")).to_be_hidden()
+    finally:
+        store.close()
+        assert server.stop() == 0
 
 
 def test_a_request_whose_answer_was_lost_is_one_video(visit: Visit) -> None:
