@@ -61,10 +61,8 @@ def test_the_index_of_an_mp4_comes_before_its_data() -> None:
 def test_the_same_frames_are_the_same_bytes_and_name_no_version() -> None:
     frames, contents = moving(height=48), set()
     for size in range(1_000, 41_000, 1_000):
-        litter = [
-            np.full(size + index, index, np.uint8) for index in range(40)
-        ]  # an encoder that reads what it has not written
-        del litter  # finds this
+        litter = [np.full(size + index, index, np.uint8) for index in range(40)]
+        del litter  # an encoder that reads what it has not written finds this
         contents.add(write_mp4(frames, 8))
     assert len(contents) == 1
     assert b"Lavf" not in contents.pop()

@@ -37,7 +37,7 @@ class Scheduler:
             if metric.kind == "counter" and not metric.labels:
                 self.metrics.add(name, 0)  # a counter that is there from the start shows its first rise
         self.uncounted = MemoryMetrics()  # where probes are counted, which are nobody's requests
-        self.members: list[Member] = []
+        self.members: list[Member] = []  # one list for both, so it is changed in place
         self.runner = Runner(engine, lock, self.members, clock)
         self.arrivals: list[Member] = []
         self.numbers = itertools.count()

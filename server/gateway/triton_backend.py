@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 
 from server.engine.errors import StudentError
-from server.engine.student import TokenizerSettings, open_student, student_folders
+from server.engine.student import open_student, student_folders
 from server.gateway.backend import (
     BackendError,
     BackendFailed,
@@ -25,9 +26,6 @@ from server.gateway.backend import (
 )
 from server.gateway.triton_client import TritonClient
 from server.gateway.tritonserver import TritonServer, find_triton
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 logger = logging.getLogger("fewstep")
 
@@ -52,7 +50,7 @@ class TritonBackend:
             "FEWSTEP_PROVIDER": provider,
         }
         self.students: dict[str, StudentCard] = {}
-        self.tokenizers: dict[str, list[tuple[TokenizerSettings, Tokenizer]]] = {}  # of the students that make videos
+        self.prompt_checks: dict[str, Callable[[str], None]] = {}  # of the students that make videos
         self.server: TritonServer | None = None
         self.client: TritonClient | None = None
         self.watcher: asyncio.Task[None] | None = None
@@ -68,9 +66,10 @@ class TritonBackend:
             for name, folder in folders.items():
                 student = await asyncio.to_thread(open_student, folder)
                 if student.manifest.media_type == "video":
-                    from server.engine.text import open_tokenizers  # who serves images alone needs no tokenizers here
+                    # Who serves images alone needs no tokenizers in this process.
+                    from server.engine.text import check_prompt, open_tokenizers
 
-                    self.tokenizers[name] = open_tokenizers(student)
+                    self.prompt_checks[name] = partial(check_prompt, tokenizers=open_tokenizers(student))
         except StudentError as error:
             raise BackendFailed(str(error)) from None
         self.installation, self.names = installation, list(folders)
@@ -116,9 +115,7 @@ class TritonBackend:
             raise
 
     def check_prompt(self, student: str, prompt: str) -> None:
-        from server.engine.text import check_prompt
-
-        check_prompt(prompt, self.tokenizers[student])
+        self.prompt_checks[student](prompt)
 
     def processes(self) -> list[int]:
         return [self.server.process.pid, *self.server.stubs] if self.server else []
