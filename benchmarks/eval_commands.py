@@ -54,25 +54,28 @@ def evaluate(
     """
     with one_line_errors("train"):
         from benchmarks import quality
-        from benchmarks.evaluate import Evaluation, Teacher, caller, check_nfe, draw_grid, server_rows, student_rows
+        from benchmarks.evaluate import SceneEvaluation, SceneTeacher, caller, counts_of, draw_grid, server_rows
+        from benchmarks.evaluation import check_nfe
 
         if student and url:
             raise ValueError("--student and --url exclude each other")
         counts, scales = nfe_counts(nfe), numbers("--guidance", guidance)
         folders = student or [ROOT / "model_repository/scenes"]
-        names, server = quality.names_of(folders), caller(url, api_key) if url else None
-        for folder in folders:
-            check_nfe(folder, server, counts)
-        evaluation = Evaluation(captions, seed)
+        server = caller(url, api_key) if url else None
+        if server:
+            check_nfe(counts, counts_of(server))
+        else:
+            quality.check(folders, counts)
+        evaluation = SceneEvaluation(captions, seed)
         rows = [evaluation.rendered()]
         if not only_students:
-            judge = Teacher(teacher, evaluation)
+            judge = SceneTeacher(teacher, evaluation)
             rows += [judge.autoencoder(), *(judge.row(25, scale) for scale in scales)]
             rows += [judge.row(4, scales[-1]), judge.row(2, scales[-1]), judge.row(4, 1.0)]
         if server:
             students, groups = [server_rows(server, counts, evaluation)], []
         else:
-            students = [student_rows(folder, counts, evaluation, name) for folder, name in zip(folders, names, strict=True)]
+            students = quality.rows_of(folders, counts, evaluation, lambda folder: SceneTeacher(folder, evaluation))
             groups = quality.groups_of(folders, students)
         rows += [row for made in students for row in made]
         quality.tell(rows, groups, captions, seed, plot)
@@ -81,35 +84,36 @@ def evaluate(
 
 
 def evaluate_video(
-    teacher: Annotated[Path, typer.Option(help="a teacher folder of clips, as `fewstep train motion_teacher` writes it")],
-    student: Annotated[list[Path] | None, typer.Option(help="a student folder of clips; repeatable")] = None,
+    student: Students = None,
     nfe: Counts = "1,2,3,4",
     captions: Captions = 500,
+    teacher: Annotated[Path, typer.Option(help="a teacher folder of clips")] = ROOT / "tdm_train/scenes_video/teacher",
     guidance: Guidance = "2,3",
     steps: Annotated[int, typer.Option(min=1, max=1000, help="DDIM steps of the teacher")] = 50,
     seed: Seed = 0,
+    only_students: OnlyStudents = False,
     strips: Annotated[Path | None, typer.Option(help="write a picture of the first captions, frames of every row")] = None,
     plot: Plot = None,
 ) -> None:
     """Measures adherence (motion and speed included) and Fréchet distance of rendered clips, autoencoder, teacher and students.
 
-    Examples: fewstep eval-video --teacher runs/motion_teacher/teacher --captions 100 --strips strips.png; fewstep eval-video
-    --teacher runs/motion_teacher/teacher --student runs/motion_tdm/student --plot quality.png
+    Examples: fewstep eval-video --nfe 1,4 --captions 100 --strips strips.png; fewstep eval-video --teacher
+    runs/motion_teacher/teacher --student runs/motion_tdm/student --plot quality.png
     """
     with one_line_errors("train"):
         from benchmarks import quality
-        from benchmarks.evaluate import check_nfe
-        from benchmarks.evaluate_video import VideoEvaluation, VideoTeacher, draw_strips, student_rows
+        from benchmarks.evaluate_video import VideoEvaluation, VideoTeacher, draw_strips
 
-        counts, scales, folders = nfe_counts(nfe), numbers("--guidance", guidance), student or []
-        names = quality.names_of(folders)
-        for folder in folders:
-            check_nfe(folder, None, counts)
+        counts, scales = nfe_counts(nfe), numbers("--guidance", guidance)
+        folders = student or [ROOT / "model_repository/motion"]
+        quality.check(folders, counts)
         evaluation = VideoEvaluation(captions, seed)
-        judge = VideoTeacher(teacher, evaluation)
-        rows = [evaluation.rendered(), judge.autoencoder(), *(judge.row(steps, scale) for scale in scales)]
-        rows += [judge.row(4, scales[-1]), judge.row(4, 1.0)]
-        students = [student_rows(folder, counts, evaluation, name) for folder, name in zip(folders, names, strict=True)]
+        rows = [evaluation.rendered()]
+        if not only_students:
+            judge = VideoTeacher(teacher, evaluation)
+            rows += [judge.autoencoder(), *(judge.row(steps, scale) for scale in scales)]
+            rows += [judge.row(4, scales[-1]), judge.row(4, 1.0)]
+        students = quality.rows_of(folders, counts, evaluation, lambda folder: VideoTeacher(folder, evaluation))
         rows += [row for made in students for row in made]
         quality.tell(rows, quality.groups_of(folders, students), captions, seed, plot)
         if strips:

@@ -1,10 +1,9 @@
 """`fewstep eval-video`: do clips show what their captions say? Renders, autoencoder, teacher and students, side by side.
 
 Every row makes one clip per held-out caption and lets the evaluator read it (tdm_train/scenes_video/evaluator.py), motion
-and speed included. Clip i has the noise of seed `seed * 10^6 + i` in every row.
+and speed included.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.evaluate import Row
-from server.engine.noise import initial_latents
-from tdm_train.checkpoint import load_student, open_pipeline
-from tdm_train.prompts import encode_prompts
-from tdm_train.rollout import rollout
-from tdm_train.scenes.evaluator import frechet_distance
+from benchmarks.evaluation import Evaluation, Row
+from tdm_train.checkpoint import open_pipeline
 from tdm_train.scenes_video.autoencoder import to_blocks, to_clips
 from tdm_train.scenes_video.captions import adherence, held_out_captions
-from tdm_train.scenes_video.evaluator import Evaluator, load_evaluator
+from tdm_train.scenes_video.evaluator import load_evaluator
 from tdm_train.scenes_video.teacher import latent_shape
 from tdm_train.scenes_video.text_encoder import TEXT_LENGTH
 from tdm_train.scenes_video.world import FRAMES, draw_clip, render_clips
@@ -29,35 +24,17 @@ REFERENCE_CLIPS = range(7 * 10**9, 7 * 10**9 + 2000)
 CHUNK = 25
 
 
-class VideoEvaluation:
-    """Draws `count` held-out captions and judges clips of them. `frechet` of its rows is the distance to renders of the
-    held-out clips of `reference`.
-
-    Clip-making functions are called with a slice of the captions and return uint8 [n, F, H, W, 3].
-    """
+class VideoEvaluation(Evaluation):
+    """Draws `count` held-out captions and judges clips of them, uint8 [n, F, H, W, 3]. `frechet` of its rows is the distance to
+    renders of the held-out clips of `reference`."""
 
     def __init__(self, count: int, seed: int, reference: range = REFERENCE_CLIPS):
-        self.count, self.seed = count, seed
-        self.clips, self.captions, self.claims = zip(*held_out_captions(count, seed), strict=True)
-        self.evaluator: Evaluator = load_evaluator()
-        features = []
+        self.clips, captions, claims = zip(*held_out_captions(count, seed), strict=True)
+        evaluator, features = load_evaluator(), []
         for start in tqdm(range(0, len(reference), 100), desc="renders", leave=False):
             drawn = [draw_clip(clip, "held_out") for clip in reference[start : start + 100]]
-            features.append(self.evaluator.look(render_clips(drawn))[0])
-        self.reference = np.concatenate(features)
-
-    def row(self, what: str, nfe: int, guidance: float, draw: Callable[[slice], np.ndarray]) -> Row:
-        name = what if nfe == 0 else f"{what}, {nfe} NFE" + (f", guidance {guidance:g}" if guidance != 1 else "")
-        starts = tqdm(range(0, self.count, CHUNK), desc=name, dynamic_ncols=True)
-        clips = np.concatenate([draw(slice(start, start + CHUNK)) for start in starts])
-        features, readings = self.evaluator.look(clips)
-        share, attributes = adherence(self.claims, readings)
-        return Row(what, nfe, guidance, share, attributes, frechet_distance(features, self.reference), clips)
-
-    def noise(self, part: slice, shape: tuple[int, ...]) -> torch.Tensor:
-        """float32 [n, *shape]: the noise that a server draws for the same seeds."""
-        seeds = [self.seed * 10**6 + index for index in range(*part.indices(self.count))]
-        return torch.from_numpy(np.stack([initial_latents(seed, 0, shape, 1.0) for seed in seeds]))
+            features.append(evaluator.look(render_clips(drawn))[0])
+        super().__init__(captions, claims, seed, evaluator, adherence, np.concatenate(features), CHUNK)
 
     def rendered(self) -> Row:
         return self.row("rendered", 0, 1.0, lambda part: render_clips(list(self.clips[part])))
@@ -105,19 +82,6 @@ class VideoTeacher:
             return self.decode(latents)
 
         return self.evaluation.row("teacher", steps * (1 if guidance == 1 else 2), guidance, draw)
-
-
-def student_rows(folder: Path, nfe_counts: list[int], evaluation: VideoEvaluation, name: str) -> list[Row]:
-    """A student folder of clips, at each of its NFE counts."""
-    student = load_student(folder)
-    teacher = VideoTeacher(folder, evaluation)  # the same folder, opened as a pipeline: its decoder
-    texts = encode_prompts(student.pipeline, list(evaluation.captions), student.description.text_length)
-
-    def draw(nfe: int, part: slice) -> np.ndarray:
-        text, noise = texts.select(part), evaluation.noise(part, teacher.shape)
-        return teacher.decode(rollout(student.denoiser, student.denoiser.schedule, noise, text, student.grid(nfe)).states[0])
-
-    return [evaluation.row(name, nfe, 1.0, lambda part, nfe=nfe: draw(nfe, part)) for nfe in nfe_counts]
 
 
 def draw_strips(rows: list[Row], file: Path, lines: int = 8, frames: tuple[int, ...] = (0, 5, 10, 15)) -> None:

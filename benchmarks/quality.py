@@ -1,13 +1,13 @@
 """What `fewstep eval` tells beyond its rows: the mean and spread over training seeds, and a plot."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.evaluate import Row, description_of, report
+from benchmarks.evaluation import Evaluation, Row, Teacher, check_nfe, description_of, report, student_rows
 
 MEASURES = {"adherence": "adherence", "frechet": "Fréchet distance"}
 
@@ -42,6 +42,21 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     if len(set(names)) < len(names):
         raise ValueError(f"students {', '.join(map(str, folders))}: their folders must have different names")
     return names
+
+
+def check(folders: Sequence[Path], nfe_counts: list[int]) -> None:
+    """Refuses students that cannot be told apart or do not have these NFE counts, before any work. Raises ValueError."""
+    names_of(folders)
+    for folder in folders:
+        check_nfe(nfe_counts, description_of(folder)["nfe"])
+
+
+def rows_of(
+    folders: Sequence[Path], nfe_counts: list[int], evaluation: Evaluation, open_teacher: Callable[[Path], Teacher]
+) -> list[list[Row]]:
+    """The rows of every student; for open_teacher see student_rows."""
+    named = zip(folders, names_of(folders), strict=True)
+    return [student_rows(folder, nfe_counts, evaluation, open_teacher, name) for folder, name in named]
 
 
 def groups_of(folders: Sequence[Path], rows: Sequence[Sequence[Row]]) -> list[Group]:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.eval_commands import nfe_counts, numbers
-from benchmarks.evaluate import Row
+from benchmarks.evaluation import Row
 from benchmarks.quality import groups_of, names_of, plot, table
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks.evaluate_video import VideoEvaluation, VideoTeacher, student_rows
+from benchmarks.evaluate_video import VideoEvaluation, VideoTeacher
+from benchmarks.evaluation import student_rows
 from export.video_decoders import VideoDecoder
 from tdm_train.checkpoint import load_student, open_pipeline
 from tdm_train.recipes import RECIPES
@@ -250,7 +251,8 @@ def test_a_teacher_of_clips_becomes_a_student_that_its_evaluator_watches(tmp_pat
         assert sheet.size == (4 * FRAME_SIZE, FRAME_SIZE), "the frame in the middle of each clip"
     student = load_student(tmp_path / "student")
     assert (student.description.frames, student.description.fps, student.nfe_set) == (FRAMES, FPS, (1, 2, 3, 4))
-    rows = student_rows(tmp_path / "student", [1, 4], VideoEvaluation(2, seed=0, reference=range(4)), "student")
+    evaluation = VideoEvaluation(2, seed=0, reference=range(4))
+    rows = student_rows(tmp_path / "student", [1, 4], evaluation, lambda folder: VideoTeacher(folder, evaluation))
     assert [row.pictures.shape for row in rows] == [(2, FRAMES, FRAME_SIZE, FRAME_SIZE, 3)] * 2
     assert not np.array_equal(rows[0].pictures, rows[1].pictures)
 

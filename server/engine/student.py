@@ -240,7 +240,8 @@ def read(path: Path, mend: str = MEND) -> bytes:
 
 
 def student_folders(repository: Path) -> dict[str, Path]:
-    """Student name -> folder, sorted by name; raises StudentError when there is none."""
+    """Student name -> folder: those of images, which are asked most, before those of videos, each kind by name. So the first is
+    the default one. Raises StudentError when there is none, or for one that cannot be read."""
     if not repository.is_dir():
         raise StudentError(f"{repository} is no folder; name the model repository with --model-repository")
     folders = {path.name: path for path in sorted(repository.iterdir()) if path.is_dir() and not path.name.startswith(".")}
@@ -248,4 +249,5 @@ def student_folders(repository: Path) -> dict[str, Path]:
         raise StudentError(f"{repository} holds no student; publish one with `fewstep export FOLDER --to {repository}`")
     for folder in folders.values():
         read(folder / "config.pbtxt")
-    return folders
+    videos = {name: read_manifest(folder / "1" / "student.json").media_type == "video" for name, folder in folders.items()}
+    return dict(sorted(folders.items(), key=lambda entry: videos[entry[0]]))
