@@ -20,13 +20,13 @@ def benchmarks() -> None:
 
 @bench.command("nfe")
 def bench_nfe(
-    runs: Annotated[int, typer.Option(min=3, help="measured pictures for each NFE count")] = 30,
+    runs: Annotated[int, typer.Option(min=3, help="measured pictures or videos for each NFE count")] = 30,
     student: Student = None,
     model_repository: Repository = REPOSITORY,
 ) -> None:
     """Milliseconds of every stage, and the law T(n) = a + b n over NFE counts n.
 
-    Example: fewstep bench nfe --runs 30
+    Examples: fewstep bench nfe --runs 30; fewstep bench nfe --student motion
     """
     with one_line_errors("triton"):
         from benchmarks.nfe import run

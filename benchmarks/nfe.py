@@ -1,11 +1,12 @@
 """What one more NFE costs: milliseconds of every stage in process, and the law T(n) = a + b n.
 
-a is what a picture costs whatever its NFE count (text encoder, decoder, file); b is one denoiser evaluation. Runs are
-interleaved over n, so that a machine that slows down for a while slows all n alike; medians and a bootstrap over runs
+a is what a picture or a video costs whatever its NFE count (text encoder, decoder, file); b is one denoiser evaluation. Runs
+are interleaved over n, so that a machine that slows down for a while slows all n alike; medians and a bootstrap over runs
 keep single hiccups out. Every run has its own prompt and seed, so that no cache can answer.
 """
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from server.engine.fingerprint import device_class
 from server.engine.request import Request
 from server.engine.session import cpu_threads
 from server.gateway.media import encode_now
+from server.gateway.video_media import write_video
 from server.generate import open_engine
 
 PROMPTS = (
     "a red circle above a blue square",
     "a large yellow star on a purple background",
-    "a small green ring to the left of an orange cross",
+    "a small green ring beside an orange cross",
     "a white triangle in the top left",
 )
 WARM_UPS = 3
@@ -46,19 +48,24 @@ def measure(engine: Engine, runs: int) -> Samples:
     samples: Samples = {nfe: {} for nfe in counts}
     for index in tqdm(range(-WARM_UPS, runs), desc="runs", dynamic_ncols=True):
         for nfe in counts:
-            for stage, milliseconds in one_picture(engine, nfe, index + WARM_UPS).items():
+            for stage, milliseconds in one_run(engine, nfe, index + WARM_UPS).items():
                 if index >= 0:
                     samples[nfe].setdefault(stage, []).append(milliseconds)
     return samples
 
 
-def one_picture(engine: Engine, nfe: int, seed: int) -> dict[str, float]:
-    """Milliseconds of every stage of one picture, and their sum."""
+def one_run(engine: Engine, nfe: int, seed: int) -> dict[str, float]:
+    """Milliseconds of every stage of one picture or video, its file among them, and their sum."""
     result = engine.run(
         Request(f"{PROMPTS[seed % len(PROMPTS)]} {seed} {nfe}", seed, 0, nfe, next(iter(engine.manifest.sizes)))
     )
-    spent = result.nanoseconds | {"image_encode": encode_now(result.image, "png").nanoseconds}
-    milliseconds = {stage: nanoseconds / 1e6 for stage, nanoseconds in spent.items()}
+    begin = time.perf_counter_ns()
+    if engine.manifest.fps is None:
+        written = {"image_encode": encode_now(result.image, "png").nanoseconds}
+    else:
+        write_video(result.image, engine.manifest.fps, "mp4")
+        written = {"video_encode": time.perf_counter_ns() - begin}
+    milliseconds = {stage: nanoseconds / 1e6 for stage, nanoseconds in (result.nanoseconds | written).items()}
     return milliseconds | {"total": sum(milliseconds.values())}
 
 

@@ -47,6 +47,13 @@ def test_the_interference_benchmark_measures_images_with_and_without_a_video(tmp
     assert document["longest_piece_ms"] >= document["video_nfe_ms"]["max"] > 0
 
 
+def test_the_stages_of_a_video_end_with_its_file(clips_repository: Path) -> None:
+    command = ["bench", "nfe", "--runs", "3", "--student", "tiny-video", "--model-repository", str(clips_repository)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert list(json.loads(result.stdout.splitlines()[-1])["stages"])[-1] == "video_encode"
+
+
 def test_the_interference_benchmark_needs_a_student_of_videos(bundled_repository: Path) -> None:
     result = CliRunner().invoke(
         app, ["bench", "interference", "--video", "none", "--model-repository", str(bundled_repository)]
