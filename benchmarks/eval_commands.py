@@ -15,6 +15,7 @@ Seed = Annotated[int, typer.Option(min=0, max=999, help="which captions and whic
 Counts = Annotated[str, typer.Option(help="NFE counts of the students")]
 Students = Annotated[list[Path] | None, typer.Option("--student", help="a student folder or an exported student; repeatable")]
 Plot = Annotated[Path | None, typer.Option(help="write a plot of both measures over NFE")]
+Grid = Annotated[Path | None, typer.Option(help="write a picture of the first captions, one column per row")]
 OnlyStudents = Annotated[bool, typer.Option("--only-students", help="leave autoencoder and teacher out")]
 
 
@@ -42,7 +43,7 @@ def evaluate(
     guidance: Guidance = "2,3",
     seed: Seed = 0,
     only_students: OnlyStudents = False,
-    grid: Annotated[Path | None, typer.Option(help="write a picture of the first captions, one column per row")] = None,
+    grid: Grid = None,
     plot: Plot = None,
 ) -> None:
     """Measures prompt adherence and Fréchet distance of renders, autoencoder, teacher and students.
@@ -54,8 +55,9 @@ def evaluate(
     """
     with one_line_errors("train"):
         from benchmarks import quality
-        from benchmarks.evaluate import SceneEvaluation, SceneTeacher, caller, counts_of, draw_grid, server_rows
+        from benchmarks.evaluate import SceneEvaluation, SceneTeacher, caller, counts_of, server_rows
         from benchmarks.evaluation import check_nfe
+        from benchmarks.grid import draw_grid
 
         if student and url:
             raise ValueError("--student and --url exclude each other")
@@ -92,17 +94,18 @@ def evaluate_video(
     steps: Annotated[int, typer.Option(min=1, max=1000, help="DDIM steps of the teacher")] = 50,
     seed: Seed = 0,
     only_students: OnlyStudents = False,
-    strips: Annotated[Path | None, typer.Option(help="write a picture of the first captions, frames of every row")] = None,
+    grid: Annotated[Path | None, typer.Option(help="write a picture of what renders, teacher and students show")] = None,
     plot: Plot = None,
 ) -> None:
     """Measures adherence (motion and speed included) and Fréchet distance of rendered clips, autoencoder, teacher and students.
 
-    Examples: fewstep eval-video --nfe 1,4 --captions 100 --strips strips.png; fewstep eval-video --teacher
+    Examples: fewstep eval-video --nfe 1,4 --captions 100 --grid grid.png; fewstep eval-video --teacher
     runs/motion_teacher/teacher --student runs/motion_tdm/student --plot quality.png
     """
     with one_line_errors("train"):
         from benchmarks import quality
-        from benchmarks.evaluate_video import VideoEvaluation, VideoTeacher, draw_strips
+        from benchmarks.evaluate_video import VideoEvaluation, VideoTeacher
+        from benchmarks.grid import draw_grid
 
         counts, scales = nfe_counts(nfe), numbers("--guidance", guidance)
         folders = student or [ROOT / "model_repository/motion"]
@@ -116,5 +119,6 @@ def evaluate_video(
         students = quality.rows_of(folders, counts, evaluation, lambda folder: VideoTeacher(folder, evaluation))
         rows += [row for made in students for row in made]
         quality.tell(rows, quality.groups_of(folders, students), captions, seed, plot)
-        if strips:
-            draw_strips(rows, strips)
+        if grid:
+            left_out = [row for row in rows if row.what == "autoencoder" or (row.what == "teacher" and row.nfe < steps)]
+            draw_grid([row for row in rows if row not in left_out], evaluation.captions, grid, lines=8)

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.evaluation import Evaluation, Row
@@ -114,26 +114,3 @@ def server_rows(server: httpx.Client, nfe_counts: list[int], evaluation: SceneEv
         return np.asarray(Image.open(io.BytesIO(response.content)).convert("RGB"))
 
     return [evaluation.row("student", nfe, 1.0, lambda part, nfe=nfe: draw(nfe, part)) for nfe in nfe_counts]
-
-
-def draw_grid(rows: list[Row], captions: tuple[str, ...], file: Path, lines: int = 12) -> None:
-    """A picture of the first `lines` captions: one column per row of the result, names above, captions beside."""
-    side, margin, head = rows[0].pictures.shape[1], 330, 34
-    canvas = Image.new("RGB", (margin + len(rows) * (side + 4), head + lines * (side + 4)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for column, row in enumerate(rows):
-        left = margin + column * (side + 4)
-        name = row.what if row.nfe == 0 else f"{row.what} {row.nfe} NFE\nguidance {row.guidance:g}"
-        pen.multiline_text((left + 2, 3), name, fill="black")
-        for line in range(min(lines, len(row.pictures))):
-            canvas.paste(Image.fromarray(row.pictures[line]), (left, head + line * (side + 4)))
-    for line, caption in enumerate(captions[:lines]):
-        pen.multiline_text((6, head + line * (side + 4) + 50), _wrap(caption, 50), fill="black")
-    canvas.quantize(256).save(file)
-
-
-def _wrap(text: str, width: int) -> str:
-    lines = [""]
-    for word in text.split():
-        lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if len(lines[-1]) + len(word) < width else [*lines, word]
-    return "\n".join(lines)

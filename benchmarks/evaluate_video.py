@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.evaluation import Evaluation, Row
@@ -82,13 +81,3 @@ class VideoTeacher:
             return self.decode(latents)
 
         return self.evaluation.row("teacher", steps * (1 if guidance == 1 else 2), guidance, draw)
-
-
-def draw_strips(rows: list[Row], file: Path, lines: int = 8, frames: tuple[int, ...] = (0, 5, 10, 15)) -> None:
-    """A picture of the first `lines` captions: for each, `frames` of every row of the result side by side."""
-    gap = np.full((rows[0].pictures.shape[2], 6, 3), 255, np.uint8)
-    strips = [
-        np.concatenate([part for row in rows for part in (*(row.pictures[line, frame] for frame in frames), gap)], 1)
-        for line in range(min(lines, len(rows[0].pictures)))
-    ]
-    Image.fromarray(np.concatenate(strips)).quantize(256).save(file)

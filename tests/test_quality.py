@@ -1,5 +1,6 @@
 """`fewstep eval` groups students by how they were taught, and tells every group's mean, spread and picture."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from benchmarks.eval_commands import nfe_counts, numbers
 from benchmarks.evaluation import Row
+from benchmarks.grid import GAP, cell, draw_grid
 from benchmarks.quality import groups_of, names_of, plot, table
 
 
@@ -63,6 +65,18 @@ def test_the_plot_shows_students_and_teacher(tmp_path: Path, three: tuple[list[P
     with Image.open(tmp_path / "with.png") as drawn, Image.open(tmp_path / "without.png") as bare:
         assert drawn.size == bare.size
         assert len(drawn.convert("RGB").getcolors(1 << 20)) > len(bare.convert("RGB").getcolors(1 << 20))
+
+
+def test_the_grid_shows_pictures_whole_and_frames_of_clips_beside_each_other(tmp_path: Path) -> None:
+    clip = np.stack([np.full((8, 8, 3), 16 * frame, np.uint8) for frame in range(16)])
+    for pictures, width in ((np.full((3, 8, 8, 3), 80, np.uint8), 8), (np.stack([clip] * 3), 32)):
+        rows = [dataclasses.replace(row("rendered", 0, 1, 80), pictures=pictures)] * 2
+        draw_grid(rows, ["a red circle"] * 3, tmp_path / "grid.png", lines=2)
+        with Image.open(tmp_path / "grid.png") as drawn:
+            pixels = np.asarray(drawn.convert("RGB"))
+        last = pixels[-(8 + GAP) :, -(width + GAP) :][:8, :width]
+        assert np.array_equal(last, cell(pictures[1]))
+        assert (pixels[:, : -2 * (width + GAP)] < 128).any(), "captions"
 
 
 @pytest.mark.parametrize("text", ["", "1,", "a", "-1", "0", "1;2", "nan"])
