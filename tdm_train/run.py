@@ -187,6 +187,7 @@ def _worker(rank: int, parent: int, processes: int, port: int, train: Callable[.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    tqdm.set_lock(threading.RLock())  # its own has a semaphore, which would be reported as leaked when this process ends
     train(*arguments)
     leave_group()
     sys.stdout.flush()
