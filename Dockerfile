@@ -1,4 +1,4 @@
-# Serves the bundled student on CPU: the wheel's Triton on loopback, the gateway on port 8000.
+# Serves the bundled students on CPU: the wheel's Triton on loopback, the gateway on port 8000.
 #   docker build -t fewstep . && docker run --rm --init -p 127.0.0.1:8000:8000 --shm-size=256m -e FEWSTEP_ALLOW_NO_KEYS=true fewstep
 # Inside the container it listens on every address, so it wants keys (-v FOLDER:/keys -e FEWSTEP_KEYS_FILE=/keys/keys.json,
 # readable by user fewstep) or, as above with a port that only this machine reaches, to be told that it shall do without.

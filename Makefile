@@ -1,4 +1,4 @@
-# fewstep: `make serve` serves the bundled student, `make test` proves that it works.
+# fewstep: `make serve` serves the bundled students, `make test` proves that it works.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +10,7 @@ help:            ## show this list
 
 venv: .venv/dev.installed    ## environment for development: everything, in .venv
 
-serve: .venv/serve.installed ## serve the bundled student on http://127.0.0.1:8000 (installs neither torch nor diffusers)
+serve: .venv/serve.installed ## serve the bundled students on http://127.0.0.1:8000 (installs neither torch nor diffusers)
 	$(BIN)/fewstep serve
 
 aiperf: .venv/aiperf.installed ## NVIDIA AIPerf, the load generator, in an environment of its own (140 packages)
@@ -27,7 +27,7 @@ check: venv      ## formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy server export
 
-train: venv      ## distil the bundled student again, from the bundled teacher
+train: venv      ## distil the bundled student of pictures again, from the bundled teacher
 	$(BIN)/fewstep train scenes_tdm --out runs/scenes_tdm
 
 export: venv     ## export what `make train` made into model_repository

@@ -124,5 +124,5 @@ def plot(rows: Sequence[Row], groups: Sequence[Group], file: Path) -> None:
         ticks = sorted({row.nfe for row in rows if row.nfe})
         axes.set_xticks(ticks, map(str, ticks))
         axes.minorticks_off()
-    axes.legend(fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=7)
     figure.savefig(file, dpi=130)

@@ -190,14 +190,22 @@ def own_repository(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundled_repository() -> Path:
-    """The repository that `fewstep serve` serves by default."""
+def served_repository() -> Path:
+    """The repository that `fewstep serve` serves by default: the bundled students, of pictures and of videos."""
     return ROOT / "model_repository"
 
 
 @pytest.fixture(scope="session")
+def bundled_repository(served_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled student of pictures alone, for tests that have no use for the other. Not to be changed."""
+    repository = tmp_path_factory.mktemp("bundled")
+    shutil.copytree(served_repository / "scenes", repository / "scenes")
+    return repository
+
+
+@pytest.fixture(scope="session")
 def triton_server(bundled_repository: Path) -> Iterator[Server]:
-    """The bundled student behind the real Triton and the real gateway. Not to be killed."""
+    """The bundled student of pictures behind the real Triton and the real gateway. Not to be killed."""
     server = start_server(bundled_repository)
     yield server
     assert server.stop() == 0

@@ -4,13 +4,14 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from fewstep import app
-from tests.conftest import Server
+from tests.conftest import Server, start_server
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -73,13 +74,18 @@ def test_every_file_the_readme_links_to_exists() -> None:
     assert all((ROOT / link).exists() for link in links), links
 
 
-@pytest.mark.slow
-def test_the_curl_and_python_examples_work(triton_server: Server, clips_server: Server, tmp_path: Path) -> None:
-    """Those of videos on a server that has a student of them, which goes by another name."""
+@pytest.fixture(scope="module")
+def server(served_repository: Path) -> Iterator[Server]:
+    """What `make serve` starts."""
+    server = start_server(served_repository)
+    yield server
+    assert server.stop() == 0
 
+
+@pytest.mark.slow
+def test_the_curl_and_python_examples_work(server: Server, tmp_path: Path) -> None:
     def here(text: str) -> str:
-        server = clips_server if "videos" in text else triton_server
-        return text.replace("http://127.0.0.1:8000", server.url).replace('model="motion"', 'model="tiny-video"')
+        return text.replace("http://127.0.0.1:8000", server.url)
 
     lines = re.sub(r"\\\n", " ", SHELL).splitlines()
     said = []

@@ -1,6 +1,7 @@
 """What is served is exactly what was exported, or nothing is."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,11 @@ def test_a_repository_without_students_is_refused(tmp_path: Path) -> None:
             student_folders(path)
 
 
+def test_the_first_student_is_one_of_images(own_repository: Path, clips_repository: Path) -> None:
+    shutil.copytree(clips_repository / "tiny-video", own_repository / "a-video")
+    assert list(student_folders(own_repository)) == ["tiny", "a-video"]
+
+
 def test_the_gateway_reads_back_what_the_exporter_wrote_for_triton(tiny_repository: Path) -> None:
     manifest = open_student(tiny_repository / "tiny").manifest
     card = StudentCard.parse(student_parameters(manifest))
@@ -102,7 +108,9 @@ def test_the_gateway_reads_back_what_the_exporter_wrote_for_triton(tiny_reposito
     assert manifest.digest() in triton_config(manifest)
 
 
-def test_the_bundled_student_is_whole(bundled_repository: Path) -> None:
-    for folder in student_folders(bundled_repository).values():
+def test_the_bundled_students_are_whole(served_repository: Path) -> None:
+    folders = student_folders(served_repository)
+    assert list(folders) == ["scenes", "motion"]
+    for folder in folders.values():
         manifest = open_student(folder).manifest
         assert (folder / "config.pbtxt").read_text() == triton_config(manifest)
