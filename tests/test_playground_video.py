@@ -183,6 +183,7 @@ def test_a_video_is_made_with_progress_previews_and_a_player(visit: Visit, held:
     playable(player(visit))
     facts = player(visit).evaluate("v => [v.duration, v.videoWidth, v.videoHeight, v.loop, v.muted, v.controls]")
     assert facts == [SECONDS, 64, 32, True, True, True]
+    expect(player(visit)).to_have_css("opacity", "1")  # its colours are those of the file
     assert player(visit).get_attribute("poster").startswith("blob:")
     visit.page.wait_for_function("() => document.getElementById('video-player').currentTime > 0")
     assert posts(visit)[-1].headers["idempotency-key"]
