@@ -64,12 +64,12 @@ def test_a_video_has_the_engine_s_own_pixels_with_and_without_listeners(kind: An
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
-def test_a_card_says_what_a_student_makes(kind: Any, video_repository: Path) -> None:
+def test_cards_say_what_students_make_those_of_images_first(kind: Any, video_repository: Path) -> None:
     async def ask(backend: Backend) -> Any:
         return backend.students
 
     students = served(kind, video_repository, ask)
-    assert [(card.media_type, card.frames, card.fps) for card in students.values()] == [("video", 17, 8), ("image", None, None)]
+    assert [(card.media_type, card.frames, card.fps) for card in students.values()] == [("image", None, None), ("video", 17, 8)]
     assert all(card.fingerprint.startswith("fp_") for card in students.values())
 
 
