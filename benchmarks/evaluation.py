@@ -50,8 +50,8 @@ class Evaluator(Protocol):
     def look(self, pictures: Any, /) -> tuple[np.ndarray, list[Any]]: ...
 
 
-class Teacher(Protocol):
-    """A diffusers folder, opened as a pipeline: latents of `shape` are decoded to uint8 pictures or clips."""
+class Decoder(Protocol):
+    """A diffusers folder, opened as a pipeline: latents [n, *shape] are decoded to uint8 pictures or clips."""
 
     shape: tuple[int, ...]
 
@@ -96,24 +96,24 @@ class Evaluation:
 
 
 def student_rows(
-    folder: Path, nfe_counts: list[int], evaluation: Evaluation, open_teacher: Callable[[Path], Teacher], name: str = "student"
+    folder: Path, nfe_counts: list[int], evaluation: Evaluation, open_decoder: Callable[[Path], Decoder], name: str = "student"
 ) -> list[Row]:
     """A student folder (PyTorch) or an exported student (a folder of model_repository), at each of its NFE counts.
 
-    open_teacher: opens the student folder as a pipeline, for its decoder.
+    open_decoder: opens a student folder as a pipeline.
     """
     exported = (folder / "1" / "student.json").is_file()
-    draw_for = exported_student(folder, evaluation) if exported else student_in_pytorch(folder, evaluation, open_teacher)
+    draw_for = exported_student(folder, evaluation) if exported else student_in_pytorch(folder, evaluation, open_decoder)
     return [evaluation.row(name, nfe, 1.0, draw_for(nfe)) for nfe in nfe_counts]
 
 
-def student_in_pytorch(folder: Path, evaluation: Evaluation, open_teacher: Callable[[Path], Teacher]) -> Callable[[int], Draw]:
-    student, teacher = load_student(folder), open_teacher(folder)
+def student_in_pytorch(folder: Path, evaluation: Evaluation, open_decoder: Callable[[Path], Decoder]) -> Callable[[int], Draw]:
+    student, decoder = load_student(folder), open_decoder(folder)
     texts = encode_prompts(student.pipeline, list(evaluation.captions), student.description.text_length)
 
     def draw(nfe: int, part: slice) -> np.ndarray:
-        text, noise = texts.select(part), evaluation.noise(part, teacher.shape)
-        return teacher.decode(rollout(student.denoiser, student.denoiser.schedule, noise, text, student.grid(nfe)).states[0])
+        text, noise = texts.select(part), evaluation.noise(part, decoder.shape)
+        return decoder.decode(rollout(student.denoiser, student.denoiser.schedule, noise, text, student.grid(nfe)).states[0])
 
     return lambda nfe: lambda part: draw(nfe, part)
 

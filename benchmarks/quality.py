@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.evaluation import Evaluation, Row, Teacher, check_nfe, description_of, report, student_rows
+from benchmarks.evaluation import Decoder, Evaluation, Row, check_nfe, description_of, report, student_rows
 
 MEASURES = {"adherence": "adherence", "frechet": "Fréchet distance"}
 
@@ -52,11 +52,11 @@ def check(folders: Sequence[Path], nfe_counts: list[int]) -> None:
 
 
 def rows_of(
-    folders: Sequence[Path], nfe_counts: list[int], evaluation: Evaluation, open_teacher: Callable[[Path], Teacher]
+    folders: Sequence[Path], nfe_counts: list[int], evaluation: Evaluation, open_decoder: Callable[[Path], Decoder]
 ) -> list[list[Row]]:
-    """The rows of every student; for open_teacher see student_rows."""
+    """The rows of every student; for open_decoder see student_rows."""
     named = zip(folders, names_of(folders), strict=True)
-    return [student_rows(folder, nfe_counts, evaluation, open_teacher, name) for folder, name in named]
+    return [student_rows(folder, nfe_counts, evaluation, open_decoder, name) for folder, name in named]
 
 
 def groups_of(folders: Sequence[Path], rows: Sequence[Sequence[Row]]) -> list[Group]:
