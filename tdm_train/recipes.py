@@ -166,7 +166,7 @@ RECIPES = {
     "scenes_vae": AutoencoderRecipe(),
     "scenes_text_encoder": TextEncoderRecipe(),
     "scenes_teacher": TeacherRecipe(),
-    "scenes_tdm": TdmRecipe(),
+    "scenes_tdm": TdmRecipe(interval="to_terminal", guidance=1.75),
     **BACKBONE_RECIPES,
     "motion_evaluator": MotionEvaluatorRecipe(),
     "motion_vae": MotionAutoencoderRecipe(),
@@ -180,7 +180,7 @@ RECIPES = {
         text_length=16,
         frames=16,
         fps=8,
-        guidance=2.0,
+        guidance=1.75,
         seed=18,
     ),
 }

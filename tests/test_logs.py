@@ -122,4 +122,5 @@ def test_uvicorn_s_and_other_libraries_entries_go_the_same_way(monkeypatch: pyte
         logging.captureWarnings(False)
         root.handlers[:] = handlers
         root.setLevel(level)
+        logging.getLogger("fewstep").setLevel(logging.NOTSET)
     assert [json.loads(line)["logger"] for line in stderr.getvalue().splitlines()] == ["uvicorn.error", "some.library"]
