@@ -1,12 +1,13 @@
 """The student's trajectory, and the guided teacher. Equations: TDM, arXiv 2503.06674, section 3."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from tdm_train.denoiser import Text
-from tdm_train.schedule import NoiseSchedule
+from tdm_train.schedule import NoiseSchedule, expand
 
 Denoise = Callable[[torch.Tensor, torch.Tensor, Text, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
 
@@ -42,10 +43,11 @@ def rollout(student: Denoise, schedule: NoiseSchedule, noise: torch.Tensor, text
     return Trajectory(states, predictions)
 
 
-def guided(teacher: Denoise, empty: Text, guidance: float) -> Denoise:
+def guided(teacher: Denoise, empty: Text, guidance: float, guidance_until: float = math.inf) -> Denoise:
     """The teacher with classifier-free guidance, D_u + w * (D_c - D_u), both halves in one batch, to be called as a teacher.
 
-    `empty` has one row per sample.
+    w is `guidance` at timesteps up to `guidance_until`, and 1 above (a limited interval: Kynkäänniemi et al., arXiv
+    2404.07724). `empty` has one row per sample.
     """
 
     def predict(
@@ -53,12 +55,22 @@ def guided(teacher: Denoise, empty: Text, guidance: float) -> Denoise:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x0s, epss = teacher(torch.cat([x_t, x_t]), torch.cat([t, t]), Text.concatenate(text, empty), None)
         (x0, empty_x0), (eps, empty_eps) = x0s.chunk(2), epss.chunk(2)
-        return empty_x0 + guidance * (x0 - empty_x0), empty_eps + guidance * (eps - empty_eps)
+        pushed_x0, pushed_eps = empty_x0 + guidance * (x0 - empty_x0), empty_eps + guidance * (eps - empty_eps)
+        holds = expand(t <= guidance_until, x0)
+        return torch.where(holds, pushed_x0, x0), torch.where(holds, pushed_eps, eps)
 
     return predict
 
 
 @torch.no_grad()
-def guided_x0(teacher: Denoise, x_t: torch.Tensor, t: torch.Tensor, text: Text, empty: Text, guidance: float) -> torch.Tensor:
+def guided_x0(
+    teacher: Denoise,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    text: Text,
+    empty: Text,
+    guidance: float,
+    guidance_until: float = math.inf,
+) -> torch.Tensor:
     """x0 of the guided teacher. `empty` has one row per sample."""
-    return guided(teacher, empty, guidance)(x_t, t, text, None)[0]
+    return guided(teacher, empty, guidance, guidance_until)(x_t, t, text, None)[0]

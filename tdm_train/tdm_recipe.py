@@ -50,6 +50,7 @@ class TdmRecipe:
     down, so that last_timestep=899 gives the public demo's 899, 674, 449, 224. shift: of a flow's grid, at u = g_i/1000
     shift*u / (1 + (shift - 1)*u).
     ladder: K of the first rungs of `ladder_iterations` each, before the K set (16, 8 before 4).
+    guidance: of the teacher, at timesteps up to `guidance_until`; above them it is asked with its prompt alone.
     random_landing: the student's step lands between its grid's times (`randmid`).
     importance_clip: 1 leaves the importance weight out.
     fake_updates: of the fake score in an iteration, each on trajectories of its own, before the student's on the last ones.
@@ -85,6 +86,7 @@ class TdmRecipe:
     ladder: tuple[int, ...] = ()
     ladder_iterations: int = 0
     guidance: float = 2.5
+    guidance_until: float = 1000.0
     interval: Interval = "separate"
     random_landing: bool = False
     fake_loss: FakeLoss = "x0_minsnr"
@@ -180,6 +182,8 @@ class TdmRecipe:
             self.refuse("shares", f"one number above 0 for each K of nfe={self.nfe}, or none")
         if not 0 < self.last_timestep <= TRAIN_TIMESTEPS:
             self.refuse("last_timestep", f"above 0 and up to {TRAIN_TIMESTEPS}")
+        if not 0 < self.guidance_until <= TRAIN_TIMESTEPS:
+            self.refuse("guidance_until", f"above 0 and up to {TRAIN_TIMESTEPS}, where guidance holds at every timestep")
         if not self.shift > 0:
             self.refuse("shift", "above 0; 1 shifts nothing")
         if not all(isinstance(times, (tuple, list)) for times in self.grids):

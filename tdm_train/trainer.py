@@ -184,7 +184,8 @@ def student_loss_of(roles: Roles, batch: Batch, recipe: TdmRecipe) -> torch.Tens
     x0, eps = roles.student_step(batch.x_t, batch.start, batch.text, batch.nfe)
     asked = ask(roles, batch, x0, eps, batch.student_tau, batch.student_noise, recipe)
     x_tau = asked.x_tau.detach()
-    teacher_x0 = guided_x0(roles.teacher, x_tau, asked.tau, batch.text, batch.empty, recipe.guidance)
+    guidance = recipe.guidance, recipe.guidance_until
+    teacher_x0 = guided_x0(roles.teacher, x_tau, asked.tau, batch.text, batch.empty, *guidance)
     with torch.no_grad():
         fake_x0, _ = roles.fake_score(x_tau, asked.tau, batch.text, batch.nfe)
     return student_loss(asked, teacher_x0, fake_x0, recipe.rho)
@@ -193,5 +194,6 @@ def student_loss_of(roles: Roles, batch: Batch, recipe: TdmRecipe) -> torch.Tens
 def warm_up_loss_of(roles: Roles, batch: Batch, recipe: TdmRecipe) -> torch.Tensor:
     """The student's x0 against the guided teacher's at the student's own states."""
     x0, _ = roles.student_step(batch.x_t, batch.start, batch.text, batch.nfe)
-    teacher_x0 = guided_x0(roles.teacher, batch.x_t, batch.start, batch.text, batch.empty, recipe.guidance)
+    guidance = recipe.guidance, recipe.guidance_until
+    teacher_x0 = guided_x0(roles.teacher, batch.x_t, batch.start, batch.text, batch.empty, *guidance)
     return warm_up_loss(x0, teacher_x0, recipe.rho)

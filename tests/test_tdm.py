@@ -11,7 +11,7 @@ from tdm_train.backbones.pixart import PixArtDenoiser
 from tdm_train.denoiser import Text
 from tdm_train.losses import student_loss, x0_minsnr_loss
 from tdm_train.query import Interval, Query, draw_landing, draw_tau, query
-from tdm_train.rollout import guided_x0, rollout
+from tdm_train.rollout import guided, guided_x0, rollout
 from tdm_train.schedule import NoiseSchedule, grid
 from tdm_train.steps_aware import fold, make_steps_aware, timestep_embedding, unfold
 from tdm_train.targets import FakeTarget, fake_target
@@ -216,3 +216,15 @@ def test_a_trajectory_starts_at_the_noise_ends_at_x0_and_is_deterministic() -> N
     x_t, x0, _ = first.at(torch.tensor([1, 2, 3, 4, 1, 2]))
     assert torch.equal(x_t[2], first.states[3][2])
     assert torch.equal(x0[1], first.predictions[2][0][1])
+
+
+def test_above_its_last_timestep_guidance_leaves_the_teacher_as_it_is() -> None:
+    teacher, x_t, words, empty = tiny_denoiser(), torch.randn(BATCH, 4, 4, 4), text(), text()
+    t = torch.tensor([100.0, 500.0, 800.0, 801.0, 900.0, 999.0])
+    with torch.no_grad():
+        limited = guided(teacher, empty, 3.0, guidance_until=800.0)(x_t, t, words, None)
+        everywhere, alone = guided(teacher, empty, 3.0)(x_t, t, words, None), teacher(x_t, t, words)
+    for ours, pushed, plain in zip(limited, everywhere, alone, strict=True):
+        assert torch.equal(ours[:3], pushed[:3])
+        torch.testing.assert_close(ours[3:], plain[3:])
+        assert not torch.isclose(ours[3:], pushed[3:]).all()
