@@ -166,7 +166,7 @@ RECIPES = {
     "scenes_vae": AutoencoderRecipe(),
     "scenes_text_encoder": TextEncoderRecipe(),
     "scenes_teacher": TeacherRecipe(),
-    "scenes_tdm": TdmRecipe(interval="to_terminal", guidance=1.75),
+    "scenes_tdm": TdmRecipe(),
     **BACKBONE_RECIPES,
     "motion_evaluator": MotionEvaluatorRecipe(),
     "motion_vae": MotionAutoencoderRecipe(),
