@@ -11,7 +11,7 @@ from benchmarks.evaluation import student_rows
 from tests.conftest import Server
 
 ADHERENCE_AT_LEAST = {1: 0.53, 4: 0.75}  # three standard errors (60 captions) below what 500 give, see the README
-CLIPS_AT_LEAST = {1: 0.51, 4: 0.72}  # the same for clips, 40 captions
+CLIPS_AT_LEAST = {1: 0.55, 4: 0.73}  # the same for clips, 40 captions
 
 
 @pytest.mark.slow
