@@ -17,6 +17,8 @@ def one_line_errors(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         fail(f"{error.name} is not installed: run `make venv`, or `pip install --editable '.[{extra}]'` in the checkout")
+    except BrokenPipeError:
+        raise  # who read the output has closed it, as `| head` does: click ends in silence
     except (ValueError, OSError, EngineError) as error:
         fail(" ".join(str(error).split()))
 

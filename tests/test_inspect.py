@@ -1,6 +1,9 @@
 """`fewstep inspect` explains what it has verified, and says in one line what is wrong with anything else."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,6 +143,15 @@ def test_the_bundled_student_is_explained(bundled_repository: Path) -> None:
 def test_inspecting_loads_neither_torch_nor_onnx(tiny_repository: Path) -> None:
     code = f"from pathlib import Path; from server.inspect import inspect; inspect(Path({str(tiny_repository / 'tiny')!r}))"
     assert not loaded_after(code) & {"torch", "diffusers", "transformers", "onnx", "fastapi"}
+
+
+def test_who_closes_the_output_early_hears_nothing_of_it(tiny_repository: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "fewstep", "inspect", str(tiny_repository / "tiny")]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")
 
 
 def test_columns_line_up_and_no_line_ends_in_spaces() -> None:
