@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from tdm_train.schedule import NoiseSchedule, expand
+from tdm_train.schedule import NoiseSchedule, expand, shifted
 
 Interval = Literal["separate", "to_terminal"]
 MIN_TAU = 20.0
@@ -27,20 +27,25 @@ def draw_landing(landing: torch.Tensor, start: torch.Tensor, uniform: torch.Tens
 
 
 def draw_tau(
-    interval: Interval, landing: torch.Tensor, start: torch.Tensor, terminal: float | torch.Tensor, uniform: torch.Tensor
+    interval: Interval,
+    landing: torch.Tensor,
+    start: torch.Tensor,
+    terminal: float | torch.Tensor,
+    uniform: torch.Tensor,
+    shift: float = 1.0,
 ) -> torch.Tensor:
     """tau [B] for steps from `start` (t) to `landing` (m), timesteps [B], of a grid that starts at `terminal` (T).
 
     `separate`: in [max(20, m), t - 10), disjoint across a trajectory's steps, so that one fake score is unambiguous
     (paper). `to_terminal`: in [m + 20, T - 10) (the public demo); T - 10 itself for a random m above T - 30.
-    uniform: [B], in [0, 1).
+    uniform: [B], in [0, 1). shift: above 1, taus are drawn nearer to the interval's upper end.
     """
     if interval == "separate":
         low, high = landing.clamp(min=MIN_TAU), start - START_GAP
     else:
         high = torch.zeros_like(start) + terminal - START_GAP
         low = torch.minimum(landing + TERMINAL_GAP, high)
-    return low + uniform * (high - low)
+    return low + shifted(uniform, shift) * (high - low)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ float64 timesteps).
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 
@@ -101,6 +101,14 @@ class NoiseSchedule:
             return eps - x0
         a, s = (expand(value, x0) for value in self.evaluated_a_s(t))
         return a * eps - s * x0
+
+
+Place = TypeVar("Place", float, torch.Tensor)
+
+
+def shifted(u: Place, shift: float) -> Place:
+    """shift*u / (1 + (shift - 1)*u): places u, 0 .. 1, nearer to 1 for a shift above 1 (Esser et al., arXiv 2403.03206)."""
+    return shift * u / (1 + (shift - 1) * u)
 
 
 def grid(nfe: int, last: float = 999.0) -> list[float]:

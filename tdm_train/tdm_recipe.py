@@ -13,7 +13,7 @@ import torch
 
 from tdm_train.losses import FakeLoss, Rho
 from tdm_train.query import Interval, draw_landing, draw_tau
-from tdm_train.schedule import TRAIN_TIMESTEPS, grid
+from tdm_train.schedule import TRAIN_TIMESTEPS, grid, shifted
 from tdm_train.targets import FakeTarget
 
 Precision = Literal["no", "fp16", "bf16"]
@@ -51,6 +51,8 @@ class TdmRecipe:
     shift*u / (1 + (shift - 1)*u).
     ladder: K of the first rungs of `ladder_iterations` each, before the K set (16, 8 before 4).
     guidance: of the teacher, at timesteps up to `guidance_until`; above them it is asked with its prompt alone.
+    tau_shift: above 1, score queries are drawn nearer to the upper end of their interval, where it is decided what a picture
+    holds: at place tau_shift*u / (1 + (tau_shift - 1)*u) of it for uniform u.
     random_landing: the student's step lands between its grid's times (`randmid`).
     importance_clip: 1 leaves the importance weight out.
     fake_updates: of the fake score in an iteration, each on trajectories of its own, before the student's on the last ones.
@@ -88,6 +90,7 @@ class TdmRecipe:
     guidance: float = 2.5
     guidance_until: float = 1000.0
     interval: Interval = "separate"
+    tau_shift: float = 1.0
     random_landing: bool = False
     fake_loss: FakeLoss = "x0_minsnr"
     fake_target: FakeTarget = "x0_student"
@@ -184,8 +187,9 @@ class TdmRecipe:
             self.refuse("last_timestep", f"above 0 and up to {TRAIN_TIMESTEPS}")
         if not 0 < self.guidance_until <= TRAIN_TIMESTEPS:
             self.refuse("guidance_until", f"above 0 and up to {TRAIN_TIMESTEPS}, where guidance holds at every timestep")
-        if not self.shift > 0:
-            self.refuse("shift", "above 0; 1 shifts nothing")
+        for name in ("shift", "tau_shift"):
+            if not 0 < getattr(self, name) < math.inf:
+                self.refuse(name, "above 0; 1 shifts nothing")
         if not all(isinstance(times, (tuple, list)) for times in self.grids):
             self.refuse("grids", "a tuple of grids, such as ((999, 856, 665, 399),)")
         sizes = [len(times) for times in self.grids]
@@ -218,7 +222,7 @@ class TdmRecipe:
         even = [t / TRAIN_TIMESTEPS for t in grid(nfe, self.last_timestep)]
         if self.shift == 1:
             return grid(nfe, self.last_timestep)
-        return [TRAIN_TIMESTEPS * self.shift * u / (1 + (self.shift - 1) * u) for u in even]
+        return [TRAIN_TIMESTEPS * shifted(u, self.shift) for u in even]
 
     @property
     def steps_aware(self) -> bool:

@@ -135,7 +135,7 @@ def ask(
     recipe: TdmRecipe,
 ) -> Query:
     """The score query of a student's prediction at (batch.x_t, batch.start), at the tau that `uniform` [B] stands for."""
-    tau = draw_tau(recipe.interval, batch.landing, batch.start, batch.terminal, uniform)
+    tau = draw_tau(recipe.interval, batch.landing, batch.start, batch.terminal, uniform, recipe.tau_shift)
     return query(roles.schedule, x0, eps, batch.landing, tau, noise)
 
 

@@ -123,6 +123,19 @@ def test_intervals_to_the_terminal_time_end_below_it_wherever_the_student_lands(
     assert float(tau.max()) <= 889
 
 
+@pytest.mark.parametrize("interval", ["separate", "to_terminal"])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_shifted_taus_crowd_at_the_upper_end_of_the_same_interval(interval: Interval, shift: float) -> None:
+    uniform = torch.linspace(0, 1, 10_001)
+    landing, start = torch.full_like(uniform, 249.75), torch.full_like(uniform, 499.5)
+    place = torch.linspace(0, 1, 10_001)
+    even, tau = (draw_tau(interval, landing, start, 999, uniform, shift) for shift in (1.0, shift))
+    torch.testing.assert_close(tau[[0, -1]], even[[0, -1]])
+    share_below = (tau[:, None] < even[None, ::100]).float().mean(0)
+    expected = place[::100] / (shift - (shift - 1) * place[::100])  # where shift*u / (1 + (shift - 1)*u) is solved for u
+    torch.testing.assert_close(share_below, expected, rtol=0, atol=1e-3)
+
+
 @schedules
 def test_the_renoised_state_has_the_schedules_variance(schedule: NoiseSchedule) -> None:
     asked = asked_at(schedule, torch.zeros(20_000, 1), 249.0, 600.0)

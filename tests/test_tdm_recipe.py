@@ -32,6 +32,7 @@ from tdm_train.tdm_recipe import TdmRecipe
         ({"shares": (1.0, 1.0, 1.0, 0.0)}, "legal: one number above 0 for each K"),
         ({"fake_updates": 0}, "fake_updates=0, legal: 1 or more"),
         ({"last_timestep": 1001}, "last_timestep=1001, legal: above 0 and up to 1000"),
+        ({"tau_shift": 0.0}, "tau_shift=0.0, legal: above 0; 1 shifts nothing"),
         ({"guidance_until": 0.0}, "guidance_until=0.0, legal: above 0 and up to 1000"),
         ({"grids": (999, 499)}, r"legal: a tuple of grids, such as \(\(999, 856, 665, 399\),\)"),
         ({"grids": ((999, 800, 600, 400, 200),)}, "at most one for each K of nfe="),
