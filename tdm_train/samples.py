@@ -72,7 +72,8 @@ class Monitor:
         if not self.references:
             teacher, grid = self.roles.teacher, self.recipe.grid
             many = [grid(max(self.recipe.nfe))[-1] * i / TEACHER_STEPS for i in range(TEACHER_STEPS + 1)]
-            taught = guided(teacher, self.samples.empty, self.recipe.guidance, self.recipe.guidance_until)
+            until = self.recipe.of_nfe(self.recipe.guidance_until, max(self.recipe.nfe))
+            taught = guided(teacher, self.samples.empty, self.recipe.guidance, until)
             runs = (taught, many), (teacher, grid(max(self.recipe.nfe)))
             self.references = tuple(
                 self.samples.quality(self.samples.latents(run, self.roles, times))[0] for run, times in runs

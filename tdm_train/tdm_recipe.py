@@ -53,6 +53,7 @@ class TdmRecipe:
     guidance: of the teacher, at timesteps up to `guidance_until`; above them it is asked with its prompt alone.
     tau_shift: above 1, score queries are drawn nearer to the upper end of their interval, where it is decided what a picture
     holds: at place tau_shift*u / (1 + (tau_shift - 1)*u) of it for uniform u.
+    Both of these have one number for each K of `nfe`, or one for all; a ladder's rungs have the last.
     random_landing: the student's step lands between its grid's times (`randmid`).
     importance_clip: 1 leaves the importance weight out.
     fake_updates: of the fake score in an iteration, each on trajectories of its own, before the student's on the last ones.
@@ -88,9 +89,9 @@ class TdmRecipe:
     ladder: tuple[int, ...] = ()
     ladder_iterations: int = 0
     guidance: float = 2.5
-    guidance_until: float = 1000.0
+    guidance_until: tuple[float, ...] = (1000.0,)
     interval: Interval = "separate"
-    tau_shift: float = 1.0
+    tau_shift: tuple[float, ...] = (1.0,)
     random_landing: bool = False
     fake_loss: FakeLoss = "x0_minsnr"
     fake_target: FakeTarget = "x0_student"
@@ -185,11 +186,12 @@ class TdmRecipe:
             self.refuse("shares", f"one number above 0 for each K of nfe={self.nfe}, or none")
         if not 0 < self.last_timestep <= TRAIN_TIMESTEPS:
             self.refuse("last_timestep", f"above 0 and up to {TRAIN_TIMESTEPS}")
-        if not 0 < self.guidance_until <= TRAIN_TIMESTEPS:
-            self.refuse("guidance_until", f"above 0 and up to {TRAIN_TIMESTEPS}, where guidance holds at every timestep")
-        for name in ("shift", "tau_shift"):
-            if not 0 < getattr(self, name) < math.inf:
-                self.refuse(name, "above 0; 1 shifts nothing")
+        if not 0 < self.shift < math.inf:
+            self.refuse("shift", "above 0; 1 shifts nothing")
+        self.check_of_each("tau_shift", math.inf, "above 0; 1 shifts nothing")
+        self.check_of_each(
+            "guidance_until", TRAIN_TIMESTEPS, f"up to {TRAIN_TIMESTEPS}, where guidance holds at every timestep"
+        )
         if not all(isinstance(times, (tuple, list)) for times in self.grids):
             self.refuse("grids", "a tuple of grids, such as ((999, 856, 665, 399),)")
         sizes = [len(times) for times in self.grids]
@@ -197,6 +199,11 @@ class TdmRecipe:
             self.refuse("grids", f"at most one for each K of nfe={self.nfe} and ladder={self.ladder}, with K values")
         for nfe in (*self.nfe, *self.ladder):
             self.check_grid(nfe)
+
+    def check_of_each(self, name: str, largest: float, legal: str) -> None:
+        values = getattr(self, name)
+        if len(values) not in (1, len(self.nfe)) or not all(0 < value <= largest and value < math.inf for value in values):
+            self.refuse(name, f"one number for each K of nfe={self.nfe}, or one in all, such as (2.0,), {legal}")
 
     def check_grid(self, nfe: int) -> None:
         times = self.grid(nfe)
@@ -237,6 +244,10 @@ class TdmRecipe:
         """The K to draw from in iteration `step`: the rung of the ladder, and after it the K set."""
         rung = step // self.ladder_iterations if self.ladder else 0
         return self.ladder[rung : rung + 1] or self.nfe
+
+    def of_nfe(self, values: tuple[float, ...], nfe: int) -> float:
+        """The one of `tau_shift` or `guidance_until` that is for trajectories of `nfe` evaluations."""
+        return values[self.nfe.index(nfe)] if len(values) > 1 and nfe in self.nfe else values[-1]
 
     def shares_at(self, step: int) -> tuple[float, ...]:
         """The weights of `nfe_at(step)`; nothing where all are alike."""

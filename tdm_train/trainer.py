@@ -98,6 +98,11 @@ class Batch:
     student_noise: torch.Tensor
     student_tau: torch.Tensor
 
+    @property
+    def count(self) -> int:
+        """K, which all samples have in common."""
+        return int(self.nfe[0])
+
 
 def draw_batches(pipeline: Any, roles: Roles, texts: Texts, recipe: TdmRecipe, run: Run, step: int, turn: int) -> list[Batch]:
     """This process's micro-batches of the fake score's `turn` (0 ..) in an iteration, all of one K."""
@@ -135,7 +140,8 @@ def ask(
     recipe: TdmRecipe,
 ) -> Query:
     """The score query of a student's prediction at (batch.x_t, batch.start), at the tau that `uniform` [B] stands for."""
-    tau = draw_tau(recipe.interval, batch.landing, batch.start, batch.terminal, uniform, recipe.tau_shift)
+    shift = recipe.of_nfe(recipe.tau_shift, batch.count)
+    tau = draw_tau(recipe.interval, batch.landing, batch.start, batch.terminal, uniform, shift)
     return query(roles.schedule, x0, eps, batch.landing, tau, noise)
 
 
@@ -184,7 +190,7 @@ def student_loss_of(roles: Roles, batch: Batch, recipe: TdmRecipe) -> torch.Tens
     x0, eps = roles.student_step(batch.x_t, batch.start, batch.text, batch.nfe)
     asked = ask(roles, batch, x0, eps, batch.student_tau, batch.student_noise, recipe)
     x_tau = asked.x_tau.detach()
-    guidance = recipe.guidance, recipe.guidance_until
+    guidance = recipe.guidance, recipe.of_nfe(recipe.guidance_until, batch.count)
     teacher_x0 = guided_x0(roles.teacher, x_tau, asked.tau, batch.text, batch.empty, *guidance)
     with torch.no_grad():
         fake_x0, _ = roles.fake_score(x_tau, asked.tau, batch.text, batch.nfe)
@@ -194,6 +200,6 @@ def student_loss_of(roles: Roles, batch: Batch, recipe: TdmRecipe) -> torch.Tens
 def warm_up_loss_of(roles: Roles, batch: Batch, recipe: TdmRecipe) -> torch.Tensor:
     """The student's x0 against the guided teacher's at the student's own states."""
     x0, _ = roles.student_step(batch.x_t, batch.start, batch.text, batch.nfe)
-    guidance = recipe.guidance, recipe.guidance_until
+    guidance = recipe.guidance, recipe.of_nfe(recipe.guidance_until, batch.count)
     teacher_x0 = guided_x0(roles.teacher, batch.x_t, batch.start, batch.text, batch.empty, *guidance)
     return warm_up_loss(x0, teacher_x0, recipe.rho)

@@ -32,8 +32,13 @@ from tdm_train.tdm_recipe import TdmRecipe
         ({"shares": (1.0, 1.0, 1.0, 0.0)}, "legal: one number above 0 for each K"),
         ({"fake_updates": 0}, "fake_updates=0, legal: 1 or more"),
         ({"last_timestep": 1001}, "last_timestep=1001, legal: above 0 and up to 1000"),
-        ({"tau_shift": 0.0}, "tau_shift=0.0, legal: above 0; 1 shifts nothing"),
-        ({"guidance_until": 0.0}, "guidance_until=0.0, legal: above 0 and up to 1000"),
+        ({"tau_shift": (0.0,)}, r"tau_shift=\(0.0,\), legal: one number for each K of nfe=\(1, 2, 3, 4\), or one in all"),
+        (
+            {"tau_shift": (1.0, 2.0)},
+            r"tau_shift=\(1.0, 2.0\), legal: one number for each K of nfe=\(1, 2, 3, 4\), or one in all",
+        ),
+        ({"tau_shift": ()}, r"tau_shift=\(\), legal: one number for each K of nfe=\(1, 2, 3, 4\), or one in all"),
+        ({"guidance_until": (1001.0,)}, r"such as \(2.0,\), up to 1000, where guidance holds at every timestep"),
         ({"grids": (999, 499)}, r"legal: a tuple of grids, such as \(\(999, 856, 665, 399\),\)"),
         ({"grids": ((999, 800, 600, 400, 200),)}, "at most one for each K of nfe="),
         ({"grids": ((999, 499), (999, 299))}, "at most one for each K of nfe="),
@@ -63,6 +68,12 @@ def test_a_ladder_comes_down_rung_by_rung_to_the_k_set() -> None:
     recipe = TdmRecipe(nfe=(1, 4), ladder=(16, 8), ladder_iterations=10, iterations=100)
     assert [recipe.nfe_at(step) for step in (0, 9, 10, 19, 20, 99)] == [(16,), (16,), (8,), (8,), (1, 4), (1, 4)]
     assert TdmRecipe().nfe_at(0) == (1, 2, 3, 4)
+
+
+def test_a_number_for_each_k_is_that_ks_and_the_last_a_rungs() -> None:
+    recipe = TdmRecipe(nfe=(4, 1), tau_shift=(2.0, 1.0), guidance_until=(850.0,), ladder=(8,), ladder_iterations=5)
+    assert [recipe.of_nfe(recipe.tau_shift, nfe) for nfe in (1, 4, 8)] == [1.0, 2.0, 1.0]
+    assert [recipe.of_nfe(recipe.guidance_until, nfe) for nfe in (1, 4, 8)] == [850.0] * 3
 
 
 def test_a_k_with_twice_the_share_is_drawn_twice_as_often_and_a_rung_of_a_ladder_always() -> None:

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from export.publish import sampler_tables
 from tdm_train.checkpoint import denoiser_of, load_student, open_pipeline
+from tdm_train.draws import draw_nfe
 from tdm_train.prompts import encode_prompts
 from tdm_train.recipes import TdmRecipe
 from tdm_train.rollout import guided_x0, rollout
@@ -69,6 +70,26 @@ def test_other_variants_of_the_objective_make_other_students(tmp_path: Path, min
         assert student.description.training["rho"] == variant.get("rho", "huber_elementwise")
     assert all(bool(vector.isfinite().all()) for vector in weights)
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(weights, 2))
+
+
+@pytest.mark.usefixtures("full_precision")
+@pytest.mark.parametrize("field", ["tau_shift", "guidance_until"])
+def test_what_is_set_for_one_k_changes_iterations_of_that_k_alone(
+    field: str, tmp_path: Path, miniatures: Callable[[str], Path]
+) -> None:
+    plain, other = getattr(TdmRecipe(), field)[0], {"tau_shift": 3.0, "guidance_until": 1.0}[field]
+    drawn = draw_nfe(TdmRecipe().seed, 0, (1, 2))
+    settings = {"unset": (plain,), "drawn": (other, plain), "not drawn": (plain, other), "all": (other,)}
+    weights = {}
+    for name, values in settings.items():
+        if drawn == 2 and name in ("drawn", "not drawn"):
+            values = values[::-1]
+        changes = {**MINIATURE, "nfe": (1, 2), "interval": "to_terminal", field: values, "precision": "no"}
+        student = load_student(distil(tmp_path / name, 1, teacher=str(miniatures("pixart_sigma")), **changes))
+        weights[name] = torch.nn.utils.parameters_to_vector(student.denoiser.network.parameters())
+    assert torch.equal(weights["unset"], weights["not drawn"])
+    assert torch.equal(weights["drawn"], weights["all"])
+    assert not torch.equal(weights["unset"], weights["drawn"])
 
 
 def test_a_student_that_is_told_no_k_still_serves_every_k(tmp_path: Path) -> None:
