@@ -146,7 +146,7 @@ def average(
     students: Annotated[list[Path], typer.Argument(help="student folders that differ by their training seed alone, 2 or more")],
     out: Annotated[Path, typer.Option(help="the student folder to make")],
 ) -> None:
-    """Makes one student of several training seeds: the mean of their weights, better than each and as fast.
+    """Makes one student of several training seeds: the mean of their weights, as fast as each of them.
 
     Example: fewstep average runs/a/student runs/b/student --out runs/scenes
     """

@@ -1,19 +1,23 @@
 """`fewstep average`: students of several training seeds -> one student of their mean weights, at no cost when it runs.
 
-Wortsman et al., "Model soups", arXiv 2203.05482: networks tuned from the same weights, each its own way, lie in one valley,
-and their mean is as good as the best of them or better.
+Wortsman et al., "Model soups", arXiv 2203.05482: networks tuned from the same weights, each its own way, often lie in one
+valley, and their mean is then as good as the best of them or better.
 """
 
+import filecmp
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from tdm_train.backbones import backbone_named
 from tdm_train.checkpoint import K_VECTORS, pipeline_config, refuse_missing_parts
 from tdm_train.description import Description, read_description
+from tdm_train.durable import publish
 
 
 def average_students(folders: list[Path], out: Path) -> None:
@@ -32,9 +36,9 @@ def average_students(folders: list[Path], out: Path) -> None:
         folder = Path(scratch) / "student"
         shutil.copytree(folders[0], folder)
         for name in averaged:
-            save_file(mean_of([load_file(one / name) for one in folders]), folder / name, metadata={"format": "pt"})
+            save_file(mean_of([one / name for one in folders]), folder / name, metadata={"format": "pt"})
         description.write(folder)
-        folder.rename(out)
+        publish(folder, out)
 
 
 def averaged_description(folders: list[Path]) -> Description:
@@ -70,9 +74,8 @@ def averaged_files(folders: list[Path]) -> list[Path]:
             raise ValueError(f"{folder} and {folders[0]} are not of the same files: {', '.join(odd)}")
     averaged = [name for name in sorted(names[0]) if name.suffix == ".safetensors" and name.parts[0] in (network, K_VECTORS)]
     for name in sorted(names[0] - {*averaged, Path("student.json")}):
-        contents = [(folder / name).read_bytes() for folder in folders]
-        for folder, found in zip(folders, contents, strict=True):
-            if found != contents[0]:
+        for folder in folders[1:]:
+            if not filecmp.cmp(folders[0] / name, folder / name, shallow=False):
                 raise ValueError(f"{name} of {folder} is another than that of {folders[0]}: they have different teachers")
     return averaged
 
@@ -81,10 +84,12 @@ def files_of(folder: Path) -> set[Path]:
     return {file.relative_to(folder) for file in folder.rglob("*") if file.is_file()}
 
 
-def mean_of(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Tensor by tensor: in float32, then in the first one's dtype."""
-    first = states[0]
-    return {
-        name: torch.stack([state[name].float() for state in states]).mean(0).to(first[name].dtype).contiguous()
-        for name in first
-    }
+def mean_of(files: list[Path]) -> dict[str, torch.Tensor]:
+    """Tensor by tensor: in float32, then in the first one's dtype. One tensor of each file at a time is in memory."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        mean = {}
+        for name in sorted(opened[0].keys()):
+            values = [file.get_tensor(name) for file in opened]
+            mean[name] = torch.stack([value.float() for value in values]).mean(0).to(values[0].dtype)
+        return mean

@@ -53,7 +53,7 @@ class TdmRecipe:
     guidance: of the teacher, at timesteps up to `guidance_until`; above them it is asked with its prompt alone.
     tau_shift: above 1, score queries are drawn nearer to the upper end of their interval, where it is decided what a picture
     holds: at place tau_shift*u / (1 + (tau_shift - 1)*u) of it for uniform u.
-    Both of these have one number for each K of `nfe`, or one for all; a ladder's rungs have the last.
+    guidance_until and tau_shift have one number for each K of `nfe`, or one for all; a ladder's rungs have the last.
     random_landing: the student's step lands between its grid's times (`randmid`).
     importance_clip: 1 leaves the importance weight out.
     fake_updates: of the fake score in an iteration, each on trajectories of its own, before the student's on the last ones.
@@ -189,9 +189,8 @@ class TdmRecipe:
         if not 0 < self.shift < math.inf:
             self.refuse("shift", "above 0; 1 shifts nothing")
         self.check_of_each("tau_shift", math.inf, "above 0; 1 shifts nothing")
-        self.check_of_each(
-            "guidance_until", TRAIN_TIMESTEPS, f"up to {TRAIN_TIMESTEPS}, where guidance holds at every timestep"
-        )
+        everywhere = f"above 0 and up to {TRAIN_TIMESTEPS}, where guidance holds at every timestep"
+        self.check_of_each("guidance_until", TRAIN_TIMESTEPS, everywhere)
         if not all(isinstance(times, (tuple, list)) for times in self.grids):
             self.refuse("grids", "a tuple of grids, such as ((999, 856, 665, 399),)")
         sizes = [len(times) for times in self.grids]
@@ -202,7 +201,8 @@ class TdmRecipe:
 
     def check_of_each(self, name: str, largest: float, legal: str) -> None:
         values = getattr(self, name)
-        if len(values) not in (1, len(self.nfe)) or not all(0 < value <= largest and value < math.inf for value in values):
+        numbers = all(isinstance(value, (int, float)) and 0 < value <= largest and value < math.inf for value in values)
+        if not numbers or len(values) not in (1, len(self.nfe)):
             self.refuse(name, f"one number for each K of nfe={self.nfe}, or one in all, such as (2.0,), {legal}")
 
     def check_grid(self, nfe: int) -> None:

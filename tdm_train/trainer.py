@@ -81,7 +81,8 @@ class Batch:
     """One step of a trajectory per sample: from `start` down to `landing` (timesteps [B]) on a grid from `terminal`.
 
     x_t, x0, eps: state at `start` and what the student predicted there, without gradients, float32 [B, C, h, w];
-    nfe: int64 [B]; fake_noise, fake_tau, student_noise, student_tau: of the two score queries, as in Draws.
+    nfe: int64 [B], `count` (K) for every sample; fake_noise, fake_tau, student_noise, student_tau: of the two score queries,
+    as in Draws.
     """
 
     text: Text
@@ -97,11 +98,7 @@ class Batch:
     fake_tau: torch.Tensor
     student_noise: torch.Tensor
     student_tau: torch.Tensor
-
-    @property
-    def count(self) -> int:
-        """K, which all samples have in common."""
-        return int(self.nfe[0])
+    count: int
 
 
 def draw_batches(pipeline: Any, roles: Roles, texts: Texts, recipe: TdmRecipe, run: Run, step: int, turn: int) -> list[Batch]:
@@ -127,7 +124,7 @@ def draw_batch(
         landing = draw_landing(landing, start, drawn.landing)
     state = trajectory.at(drawn.i)
     queries = drawn.fake_noise, drawn.fake_tau, drawn.student_noise, drawn.student_tau
-    return Batch(text, texts.empty, torch.full_like(drawn.i, nfe), start, landing, times[-1], *state, *queries)
+    return Batch(text, texts.empty, torch.full_like(drawn.i, nfe), start, landing, times[-1], *state, *queries, count=nfe)
 
 
 def ask(
