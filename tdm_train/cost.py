@@ -73,7 +73,7 @@ def cost_of(recipe: TdmRecipe, processes: int) -> Cost:
     samples = recipe.batch * recipe.accumulation * processes
     flops = np.mean([sample_flops(pipeline, roles, recipe, size, nfe, regularised) for size in recipe.sizes or (None,)])
     held = [role_cost(name, role, recipe) for name, role in zip(("teacher", "student", "fake score"), roles, strict=True)]
-    forwards = recipe.fake_updates * (nfe + 1 + regularised) + 1 + 2 + 1
+    forwards = recipe.fake_updates * (rolled(nfe) + 1 + regularised) + 1 + 2 + 1
     return Cost(held, forwards, recipe.fake_updates + 1, samples, float(flops) * samples, recipe.iterations)
 
 
@@ -117,8 +117,13 @@ def sample_flops(
     shape = (1, *latent_shape(recipe, pipeline, size or own_size(pipeline)))
     teacher, student, _ = (evaluation_flops(pipeline, role, recipe, shape, trained=False) for role in roles)
     trained = evaluation_flops(pipeline, roles[1], recipe, shape, trained=True)
-    fake_update = nfe * student + trained + regularised * teacher
+    fake_update = rolled(nfe) * student + trained + regularised * teacher
     return recipe.fake_updates * fake_update + trained + 2 * teacher + student
+
+
+def rolled(nfe: float) -> float:
+    """Mean evaluations of a sample on the way to its own step of a trajectory of `nfe`, which is any of them alike."""
+    return (nfe + 1) / 2
 
 
 def evaluation_flops(pipeline: Any, role: Role, recipe: TdmRecipe, shape: tuple[int, ...], trained: bool) -> int:

@@ -36,6 +36,16 @@ class Text:
             _concatenate_where_given([text.pooled for text in texts]),
         )
 
+    @staticmethod
+    def unpadded(*texts: "Text") -> tuple["Text", ...]:
+        """The same without the last tokens that are padding in every prompt: the mask hides them from the network, which
+        is spared work. Texts without masks are attended to as they are, padding and all, and stay so."""
+        masks = [text.mask for text in texts if text.mask is not None]
+        if not masks:
+            return texts
+        length = max(int(mask.any(0).nonzero().max()) + 1 for mask in masks)
+        return tuple(replace(text, emb=text.emb[:, :length], mask=text.mask[:, :length]) for text in texts)
+
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Text":
         mask, pooled = (None if part is None else change(part) for part in (self.mask, self.pooled))
         return Text(change(self.emb), mask, pooled)

@@ -21,7 +21,7 @@ from tdm_train.losses import (
 )
 from tdm_train.query import Query, draw_landing, draw_tau, query
 from tdm_train.roles import Roles, lora_config, refuse_beyond
-from tdm_train.rollout import guided_x0, rollout
+from tdm_train.rollout import guided_x0, rollout_to
 from tdm_train.run import Run
 from tdm_train.samples import Monitor
 from tdm_train.shared_base import refuse_unknown_targets
@@ -117,14 +117,14 @@ def draw_batch(
     """Prompts at random, the student's trajectories for them, and one step of each at random."""
     device = texts.empty.emb.device
     drawn = draw(recipe.seed, draws, samples, len(texts.prompts.emb), nfe, shape, device)
-    text, times = texts.prompts.select(drawn.row.cpu()).to(device), torch.tensor(recipe.grid(nfe), device=device)
-    trajectory = rollout(roles.student, roles.schedule, drawn.noise, text, times)
+    text, empty = Text.unpadded(texts.prompts.select(drawn.row.cpu()).to(device), texts.empty)
+    times = torch.tensor(recipe.grid(nfe), device=device)
+    state = rollout_to(roles.student, roles.schedule, drawn.noise, text, times, drawn.i)
     start, landing = times[drawn.i], times[drawn.i - 1]
     if recipe.random_landing:
         landing = draw_landing(landing, start, drawn.landing)
-    state = trajectory.at(drawn.i)
     queries = drawn.fake_noise, drawn.fake_tau, drawn.student_noise, drawn.student_tau
-    return Batch(text, texts.empty, torch.full_like(drawn.i, nfe), start, landing, times[-1], *state, *queries, count=nfe)
+    return Batch(text, empty, torch.full_like(drawn.i, nfe), start, landing, times[-1], *state, *queries, count=nfe)
 
 
 def ask(

@@ -16,7 +16,7 @@ import torch
 from tdm_train.denoiser import Text
 from tdm_train.losses import FakeLoss, importance_weight, student_loss, teacher_regulariser, velocity_loss, x0_minsnr_loss
 from tdm_train.query import Query, draw_tau, query
-from tdm_train.rollout import rollout
+from tdm_train.rollout import Denoise, rollout, rollout_to
 from tdm_train.schedule import NoiseSchedule, PredictionType, expand, grid
 from tdm_train.targets import FakeTarget, fake_target
 
@@ -24,7 +24,7 @@ MEAN, SIGMA, K, NODES = 0.7, 0.5, 4, 16
 ABAR = torch.linspace(0.9999**0.5, 0.0047**0.5, 1000, dtype=torch.float64).square()
 KINDS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "flow_prediction")
 NOISE, FRESH = torch.tensor([[1.0, 1, -1, -1], [1, -1, 1, -1]], dtype=torch.float64)
-NO_TEXT = Text(torch.empty(0), torch.empty(0))
+NO_TEXT = Text(torch.empty(K * NODES, 0))
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -63,15 +63,9 @@ class Oracle:
         outputs = self.schedule.network_target(*self.teacher(points, t), t)
         return torch.stack([outputs[:, 1] - outputs[:, 0], outputs[:, 0]], 1)
 
-    def roll(self, student: torch.Tensor, noise: torch.Tensor):
+    def denoise(self, student: torch.Tensor) -> Denoise:
         steps = {float(t): row for t, row in zip(self.times[1:], student, strict=True)}
-        return rollout(
-            lambda x, t, text, nfe: self.linear(x, t, steps[float(t[0])].expand(len(t), 2)),
-            self.schedule,
-            noise,
-            NO_TEXT,
-            self.times,
-        )
+        return lambda x, t, text, nfe: self.linear(x, t, steps[float(t[0])].expand(len(t), 2))
 
     def fake_score(self, asked: Query) -> torch.Tensor:
         """The fake score's coefficients [K * NODES, 2], one linear network for every tau."""
@@ -89,7 +83,7 @@ class Oracle:
 
     def iterate(self, student: torch.Tensor) -> torch.Tensor:
         """One iteration: the fake score's exact minimiser, then the student's for the target that this gives."""
-        x_t, x0, eps = self.roll(student, self.noise).at(self.i)
+        x_t, x0, eps = rollout_to(self.denoise(student), self.schedule, self.noise, NO_TEXT, self.times, self.i)
         asked = query(self.schedule, x0, eps, self.landing, self.tau, self.fresh)
         fake_x0, _ = self.linear(asked.x_tau, self.tau, self.fake_score(asked))
         teacher_x0, _ = self.teacher(asked.x_tau, self.tau)
@@ -110,7 +104,8 @@ class Oracle:
                 break
         else:
             pytest.fail(f"no fixed point was reached: {student}")
-        states = torch.cat(self.roll(student, self.noise[:1]).states[K - 1 :: -1])
+        trajectory = rollout(self.denoise(student), self.schedule, self.noise[:1], NO_TEXT, self.times)
+        states = torch.cat(trajectory.states[K - 1 :: -1])
         mean, variance = self.marginal(self.times[:-1].flip(0))
         spread = states.var(1, correction=0)
         return ((states.mean(1) - mean) / SIGMA).numpy(), (spread / variance).numpy()

@@ -11,7 +11,7 @@ from tdm_train.backbones.pixart import PixArtDenoiser
 from tdm_train.denoiser import Text
 from tdm_train.losses import student_loss, x0_minsnr_loss
 from tdm_train.query import Interval, Query, draw_landing, draw_tau, query
-from tdm_train.rollout import guided, guided_x0, rollout
+from tdm_train.rollout import guided, guided_x0, rollout, rollout_to
 from tdm_train.schedule import NoiseSchedule, grid
 from tdm_train.steps_aware import fold, make_steps_aware, timestep_embedding, unfold
 from tdm_train.targets import FakeTarget, fake_target
@@ -226,9 +226,38 @@ def test_a_trajectory_starts_at_the_noise_ends_at_x0_and_is_deterministic() -> N
     assert torch.equal(first.states[4], noise)
     torch.testing.assert_close(first.states[0], first.predictions[1][0])
     assert torch.equal(first.states[0], second.states[0])
-    x_t, x0, _ = first.at(torch.tensor([1, 2, 3, 4, 1, 2]))
-    assert torch.equal(x_t[2], first.states[3][2])
-    assert torch.equal(x0[1], first.predictions[2][0][1])
+
+
+@pytest.mark.parametrize("i", [[1, 2, 3, 4, 1, 2], [4, 4, 4, 4, 4, 4], [2, 3, 2, 3, 2, 2]])
+def test_a_sample_at_its_own_step_is_where_the_whole_trajectory_has_it_and_is_evaluated_no_further(i: list[int]) -> None:
+    student, _, _ = three_networks()
+    noise, words, times = torch.randn(BATCH, 4, 4, 4), text(), torch.tensor(grid(4))
+    whole, evaluated = rollout(student, student.schedule, noise, words, times), []
+
+    def counted(x_t: torch.Tensor, t: torch.Tensor, *others) -> tuple[torch.Tensor, torch.Tensor]:
+        evaluated.append(len(t))
+        return student(x_t, t, *others)
+
+    x_t, x0, eps = rollout_to(counted, student.schedule, noise, words, times, torch.tensor(i))
+    for row, own in enumerate(i):
+        torch.testing.assert_close(x_t[row], whole.states[own][row])
+        torch.testing.assert_close((x0[row], eps[row]), tuple(part[row] for part in whole.predictions[own]))
+    assert evaluated == [max(1, sum(own <= step for own in i)) for step in (4, 3, 2, 1)]
+
+
+def test_texts_without_what_is_padding_in_all_of_them_are_predicted_alike() -> None:
+    denoiser, x_t, t = tiny_denoiser(), torch.randn(BATCH, 4, 4, 4), torch.rand(BATCH) * 999
+    words, empty = text(), text()
+    words.mask[:, 3:] = 0
+    words.mask[0, 2:] = 0
+    empty.mask[:, 1:] = 0
+    short, short_empty = Text.unpadded(words, empty)
+    assert short.emb.shape == short_empty.emb.shape == (BATCH, 3, 8)
+    with torch.no_grad():
+        for padded, spared in ((words, short), (empty, short_empty)):
+            torch.testing.assert_close(denoiser(x_t, t, spared), denoiser(x_t, t, padded))
+    unmasked = Text(words.emb)
+    assert Text.unpadded(unmasked, unmasked)[0].emb is words.emb
 
 
 def test_above_its_last_timestep_guidance_leaves_the_teacher_as_it_is() -> None:
