@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig
 from torch import nn
 
-from tdm_train.checkpoint import denoiser_of
+from tdm_train.checkpoint import denoiser_of, load_student
 from tdm_train.denoiser import Denoiser
+from tdm_train.description import Description, read_description
 from tdm_train.run import Run
 from tdm_train.schedule import NoiseSchedule
 from tdm_train.shared_base import SharedBase, SharedRole
@@ -39,10 +41,12 @@ class Roles:
 
     @staticmethod
     def of(pipeline: Any, recipe: TdmRecipe, run: Run) -> "Roles":
-        """Student and fake score start as the teacher."""
+        """Student and fake score start as the teacher, or the student as `recipe.start`."""
         denoiser = denoiser_of(pipeline).requires_grad_(False).to(run.device)
         refuse_under_fsdp(recipe, run)
         teacher, student, fake_score = (full_copies if recipe.weights == "full" else shared_roles)(denoiser, recipe)
+        if recipe.start:
+            student.load_state_dict(load_student(Path(recipe.start)).denoiser.state_dict())
         adamw = {"betas": tuple(recipe.betas), "weight_decay": 0.0}
         student_step, student_optimizer = run.prepare(student, recipe.student_lr, recipe.warmup, recipe.ema, **adamw)
         fake_step, fake_optimizer = run.prepare(fake_score, recipe.fake_lr, recipe.warmup, 0.0, **adamw)
@@ -58,6 +62,14 @@ def full_copies(teacher: Denoiser, recipe: TdmRecipe) -> tuple[Role, Role, Role]
         if recipe.gradient_checkpointing:
             denoiser.network.enable_gradient_checkpointing()
     return teacher, student, fake_score
+
+
+def refuse_other_start(recipe: TdmRecipe, description: Description) -> None:
+    """Raises ValueError for a student to start from that is not of what the recipe makes. description: of the one it makes."""
+    started, names = read_description(Path(recipe.start)), ("base", "revision", "family", "nfe", "k_conditioning")
+    for name in names:
+        if (found := getattr(started, name)) != (wanted := getattr(description, name)):
+            raise ValueError(f"start={recipe.start!r} is a student with {name}={found!r}, legal here: {wanted!r}")
 
 
 def shared_roles(denoiser: Denoiser, recipe: TdmRecipe) -> tuple[Role, Role, Role]:

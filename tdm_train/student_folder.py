@@ -11,7 +11,7 @@ from torch import nn
 from tdm_train.backbones import backbone_of
 from tdm_train.backbones.sizes import own_size
 from tdm_train.checkpoint import HUB_ID, denoiser_of, open_pipeline, save_student
-from tdm_train.description import Description
+from tdm_train.description import Description, read_description
 from tdm_train.durable import publish
 from tdm_train.lora import fuse_adapter, k_bias, save_adapter
 from tdm_train.roles import lora_config
@@ -48,6 +48,7 @@ def fused(recipe: TdmRecipe, student: SharedRole, pipeline: Any, folder: Path) -
 
 def describe(recipe: TdmRecipe, pipeline: Any) -> Description:
     """What student.json says of how the student of `pipeline` is made and must be run."""
+    before = {"start": read_description(Path(recipe.start)).training} if recipe.start else {}
     hub_id = HUB_ID.fullmatch(recipe.teacher) and not Path(recipe.teacher).exists()
     return Description(
         name=recipe.name,
@@ -63,7 +64,7 @@ def describe(recipe: TdmRecipe, pipeline: Any) -> Description:
         **stated_grids(recipe, pipeline),
         k_conditioning=recipe.steps_aware,
         adapter_scale=None if recipe.weights == "full" else 1.0,
-        training={"method": "TDM (arXiv 2503.06674)" + ", steps-aware" * recipe.steps_aware, **recipe.objective()},
+        training={"method": "TDM (arXiv 2503.06674)" + ", steps-aware" * recipe.steps_aware, **recipe.objective(), **before},
     )
 
 

@@ -24,6 +24,7 @@ STATED_APART = (
     "samples",
     "name",
     "teacher",
+    "start",
     "base",
     "revision",
     "family",
@@ -40,6 +41,8 @@ class TdmRecipe:
 
     name: the student's. teacher: a diffusers folder, or a hub id at `revision`; base: what student.json says it is, where
     nothing its name. family: of the teacher, as the numbers are for; nothing for any.
+    start: a student folder that the student begins as, of the same teacher, K set and K-conditioning; nothing for the teacher,
+    as which the fake score begins in any case.
     prompts: a file (see read_prompts), or how many captions of the scenes world.
     text_length: tokens that prompts are padded to, as student.json has it.
     sizes: "WIDTHxHEIGHT" in pixels, trained for equally many iterations one after the other; the last is the student's, and
@@ -74,6 +77,7 @@ class TdmRecipe:
     teacher: str = "tdm_train/scenes/teacher"
     revision: str = "1"
     base: str = "fewstep scenes teacher"
+    start: str = ""
     family: Literal["", "pixart", "stable_diffusion", "sdxl", "sd3", "cogvideox"] = ""
     prompts: int | str = 20_000
     text_length: int = 32
@@ -164,6 +168,10 @@ class TdmRecipe:
             self.refuse("ladder_iterations", "0 without a ladder, such as (16, 8)")
 
     def check_weights(self) -> None:
+        if self.start and self.weights != "full":
+            self.refuse("start", f"nothing with weights={self.weights}, whose student is an adapter over the teacher")
+        if self.start and self.ladder:
+            self.refuse("start", "nothing with a ladder, whose rungs a trained student has behind it")
         if not self.importance_clip >= 1:
             self.refuse("importance_clip", "1 (no importance weight) or more")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

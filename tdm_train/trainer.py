@@ -20,7 +20,7 @@ from tdm_train.losses import (
     x0_minsnr_loss,
 )
 from tdm_train.query import Query, draw_landing, draw_tau, query
-from tdm_train.roles import Roles, lora_config, refuse_beyond
+from tdm_train.roles import Roles, lora_config, refuse_beyond, refuse_other_start
 from tdm_train.rollout import guided_x0, rollout_to
 from tdm_train.run import Run
 from tdm_train.samples import Monitor
@@ -66,14 +66,16 @@ def refuse_other_family(recipe: TdmRecipe) -> None:
 
 
 def refuse_what_the_teacher_cannot_do(recipe: TdmRecipe, pipeline: Any) -> None:
-    """Raises ValueError for grids, targets or sizes that the opened teacher has no room for."""
+    """Raises ValueError for grids, targets or sizes that the opened teacher has no room for, and a `start` of another."""
     denoiser = denoiser_of(pipeline)
     refuse_beyond(denoiser.schedule, recipe)
     if recipe.weights == "lora":
         refuse_unknown_targets(denoiser.network, lora_config(recipe))
     for size in recipe.sizes or [own_size(pipeline)]:
         latent_shape(recipe, pipeline, size)
-    describe(recipe, pipeline)
+    description = describe(recipe, pipeline)
+    if recipe.start:
+        refuse_other_start(recipe, description)
 
 
 @dataclass(frozen=True)

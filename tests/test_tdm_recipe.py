@@ -38,6 +38,8 @@ from tdm_train.tdm_recipe import TdmRecipe
             r"tau_shift=\(1.0, 2.0\), legal: one number for each K of nfe=\(1, 2, 3, 4\), or one in all",
         ),
         ({"tau_shift": ()}, r"tau_shift=\(\), legal: one number for each K of nfe=\(1, 2, 3, 4\), or one in all"),
+        ({"start": "a", "weights": "lora"}, "start='a', legal: nothing with weights=lora, whose student is an adapter"),
+        ({"start": "a", "ladder": (8,), "ladder_iterations": 1}, "start='a', legal: nothing with a ladder"),
         ({"tau_shift": ("high",)}, r"tau_shift=\('high',\), legal: one number for each K"),
         ({"guidance_until": (0.0,)}, r"guidance_until=\(0.0,\), legal: .*, above 0 and up to 1000"),
         ({"guidance_until": (1001.0,)}, r"such as \(2.0,\), above 0 and up to 1000, where guidance holds at every timestep"),

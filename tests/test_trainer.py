@@ -42,6 +42,26 @@ def test_a_student_of_no_iterations_is_its_teacher(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in student.pipeline.transformer.state_dict().items())
 
 
+def test_a_student_goes_on_from_another_and_says_how_that_one_was_taught(tmp_path: Path) -> None:
+    first = distil(tmp_path / "first", 2, guidance=3.0)
+    student, same = load_student(first), load_student(distil(tmp_path / "second", 0, start=str(first), guidance=2.0))
+    for mine, theirs in zip(same.denoiser.parameters(), student.denoiser.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)  # one bias is folded and unfolded again
+    assert (same.description.training["guidance"], same.description.training["start"]["guidance"]) == (2.0, 3.0)
+    assert str(tmp_path) not in str(same.description)
+
+
+def test_a_student_of_another_k_set_or_teacher_is_no_start(tmp_path: Path, miniatures: Callable[[str], Path]) -> None:
+    first = distil(tmp_path / "first", 0, nfe=(1, 2))
+    with pytest.raises(ValueError, match=r"first/student' is a student with nfe=\[1, 2\], legal here: \[1, 2, 3, 4\]"):
+        distil(tmp_path / "second", 0, start=str(first))
+    with pytest.raises(ValueError, match="is a student with base='fewstep scenes teacher', legal here: 'pixart_sigma'"):
+        distil(tmp_path / "third", 0, start=str(first), teacher=str(miniatures("pixart_sigma")), base="", **MINIATURE)
+    with pytest.raises(ValueError, match=r"nowhere is not a student folder: it has no student.json"):
+        distil(tmp_path / "fourth", 0, start="nowhere")
+    assert not list(tmp_path.glob("*/checkpoints"))[1:]
+
+
 def test_training_moves_the_student_and_diffusers_alone_samples_it_to_the_same_latents(tmp_path: Path) -> None:
     folder = distil(tmp_path, 3)
     student = load_student(folder)
