@@ -1,6 +1,7 @@
 """What every training run needs around its loop: processes, progress, averaged weights and checkpoints to resume from."""
 
 import os
+import platform
 import random
 import socket
 import sys
@@ -23,6 +24,10 @@ from tdm_train.checkpoints import Checkpoints
 from tdm_train.gates import refuse_not_finite
 
 Batch = TypeVar("Batch")
+SLOW_BF16 = (
+    "this processor has no AVX-512 and computes bf16 by software, several times slower than float32; a distillation is faster "
+    "with --set precision=no"
+)
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
@@ -62,6 +67,8 @@ class Run:
             cpu=use_cpu, mixed_precision=precision, project_dir=out, log_with=None if tracker == "none" else tracker
         )
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        if precision == "bf16" and use_cpu and self.rank == 0 and not has_fast_bf16():
+            print(SLOW_BF16, file=sys.stderr)
         self.device = self.accelerator.device
         self.averages: list[tuple[AveragedModel, nn.Module]] = []
         self.schedules: list[torch.optim.lr_scheduler.LambdaLR] = []
@@ -163,6 +170,11 @@ class Run:
     def log(self, **numbers: float) -> None:
         """Sends numbers of this step to the tracker."""
         self.accelerator.log(numbers, step=self.step)
+
+
+def has_fast_bf16() -> bool:
+    """Whether this processor computes matrix products in bf16 faster than software would; those of x86 do from AVX-512 on."""
+    return platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
 
 
 def default_processes() -> int:

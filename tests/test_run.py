@@ -57,6 +57,25 @@ def train_line(out: Path, iterations: int, resume: bool, stop_at: int | None = N
         save_file({"weight": module.weight.detach(), "average": average.weight.detach()}, out / "line.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("capability", "precision", "warned"), [("AVX2", "bf16", True), ("AVX2", "no", False), ("AVX512", "bf16", False)]
+)
+def test_a_processor_without_fast_bf16_is_told_of_before_hours_are_lost(
+    capability: str,
+    precision: str,
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("accelerate.state.AcceleratorState._shared_state", {})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    Run(tmp_path, LineRecipe(1), resume=False, precision=precision)
+    assert ("--set precision=no" in capsys.readouterr().err) == warned
+
+
 def test_a_resumed_run_ends_with_the_same_weights_as_an_uninterrupted_one(tmp_path: Path) -> None:
     train_line(tmp_path / "whole", 12, resume=False, chance=True)
     with pytest.raises(InterruptionError):
