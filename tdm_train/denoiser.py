@@ -43,8 +43,11 @@ class Text:
         masks = [text.mask for text in texts if text.mask is not None]
         if not masks:
             return texts
+        assert len(masks) == len(texts)
         length = max(int(mask.any(0).nonzero().max()) + 1 for mask in masks)
-        return tuple(replace(text, emb=text.emb[:, :length], mask=text.mask[:, :length]) for text in texts)
+        return tuple(
+            replace(text, emb=text.emb[:, :length], mask=mask[:, :length]) for text, mask in zip(texts, masks, strict=True)
+        )
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Text":
         mask, pooled = (None if part is None else change(part) for part in (self.mask, self.pooled))
