@@ -27,8 +27,20 @@ check: venv      ## formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy server export
 
-train: venv      ## distil the bundled student of pictures again, from the bundled teacher
-	$(BIN)/fewstep train scenes_tdm --out runs/scenes_tdm
+train: runs/scenes_tdm/student ## distil the bundled student of pictures again: three seeds, their mean weights, and both once more from there
+
+runs/scenes_tdm/student: $(foreach seed,7 8 9,runs/scenes_tdm_$(seed)/student)
+	$(BIN)/fewstep average $^ --out $@
+
+runs/scenes_tdm_%/student: | runs/scenes_first/student
+	$(BIN)/fewstep train scenes_tdm --out runs/scenes_tdm_$* --processes 1 --resume --set seed=$* \
+		--set start=runs/scenes_first/student --set 'shares=(6.0, 1.0, 1.0, 2.0)' --set iterations=1000
+
+runs/scenes_first/student: $(foreach seed,4 5 6,runs/scenes_first_$(seed)/student)
+	$(BIN)/fewstep average $^ --out $@
+
+runs/scenes_first_%/student: | venv
+	$(BIN)/fewstep train scenes_tdm --out runs/scenes_first_$* --processes 1 --resume --set seed=$*
 
 export: venv     ## export what `make train` made into model_repository
 	$(BIN)/fewstep export runs/scenes_tdm/student --to model_repository

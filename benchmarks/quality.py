@@ -119,7 +119,8 @@ def plot(rows: Sequence[Row], groups: Sequence[Group], file: Path) -> None:
             values = getattr(group, measure)
             counts = sorted(values)
             errors = [stdev(values[nfe]) if len(values[nfe]) > 1 else 0.0 for nfe in counts]
-            axes.errorbar(counts, [mean(values[nfe]) for nfe in counts], errors, fmt="o-", capsize=3, label=group.name)
+            label = group.name if len(group.seeds) == 1 else f"{len(group.seeds)} training seeds"
+            axes.errorbar(counts, [mean(values[nfe]) for nfe in counts], errors, fmt="o-", capsize=3, label=label)
         axes.set(title=title, xlabel="NFE", xscale="log", ylim=(0, 1) if measure == "adherence" else (0, None))
         ticks = sorted({row.nfe for row in rows if row.nfe})
         axes.set_xticks(ticks, map(str, ticks))

@@ -166,7 +166,17 @@ RECIPES = {
     "scenes_vae": AutoencoderRecipe(),
     "scenes_text_encoder": TextEncoderRecipe(),
     "scenes_teacher": TeacherRecipe(),
-    "scenes_tdm": TdmRecipe(),
+    # To 1 NFE teacher and fake score are asked at all noise levels alike and with guidance everywhere: it decides all at once.
+    "scenes_tdm": TdmRecipe(
+        shift=2.0,
+        shares=(3.0, 1.0, 1.0, 2.0),
+        guidance_until=(1000.0, 850.0, 850.0, 850.0),
+        interval="to_terminal",
+        tau_shift=(1.0, 2.0, 2.0, 2.0),
+        fake_loss="velocity",
+        teacher_weight=0.0,
+        iterations=1300,
+    ),
     **BACKBONE_RECIPES,
     "motion_evaluator": MotionEvaluatorRecipe(),
     "motion_vae": MotionAutoencoderRecipe(),
