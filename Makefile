@@ -1,6 +1,7 @@
 # fewstep: `make serve` serves the bundled students, `make test` proves that it works.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
+PRECISION ?= bf16
 BIN := .venv/bin
 INSTALL_CHROMIUM = as=; test "$$(id -u)" = 0 || as=sudo; \
 	$$as apt-get update -qq && $$as apt-get install -qq -y --no-install-recommends chromium
@@ -27,20 +28,20 @@ check: venv      ## formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy server export
 
-train: runs/scenes_tdm/student ## distil the bundled student of pictures again: three seeds, their mean weights, and both once more from there
+train: runs/scenes_tdm/student ## distil the bundled student of pictures again: three seeds, their mean, and both again from there (PRECISION=no: without AVX-512)
 
 runs/scenes_tdm/student: $(foreach seed,7 8 9,runs/scenes_tdm_$(seed)/student)
 	$(BIN)/fewstep average $^ --out $@
 
 runs/scenes_tdm_%/student: | runs/scenes_first/student
-	$(BIN)/fewstep train scenes_tdm --out runs/scenes_tdm_$* --processes 1 --resume --set seed=$* \
+	$(BIN)/fewstep train scenes_tdm --out runs/scenes_tdm_$* --processes 1 --resume --set seed=$* --set precision=$(PRECISION) \
 		--set start=runs/scenes_first/student --set 'shares=(6.0, 1.0, 1.0, 2.0)' --set iterations=1000
 
 runs/scenes_first/student: $(foreach seed,4 5 6,runs/scenes_first_$(seed)/student)
 	$(BIN)/fewstep average $^ --out $@
 
 runs/scenes_first_%/student: | venv
-	$(BIN)/fewstep train scenes_tdm --out runs/scenes_first_$* --processes 1 --resume --set seed=$*
+	$(BIN)/fewstep train scenes_tdm --out runs/scenes_first_$* --processes 1 --resume --set seed=$* --set precision=$(PRECISION)
 
 export: venv     ## export what `make train` made into model_repository
 	$(BIN)/fewstep export runs/scenes_tdm/student --to model_repository
