@@ -46,11 +46,16 @@ def looping(folder: Path, priority: str, seconds: float = 0.03) -> subprocess.Po
     return process
 
 
+def stamps(process: subprocess.Popen[str]) -> list[tuple[str, int]]:
+    """What a killed process still had printed, (begin or end, nanoseconds), but the last line if it broke off in it."""
+    lines = process.communicate()[0].splitlines(keepends=True)
+    return [(line.split()[0], int(line.split()[1])) for line in lines if line.endswith("\n")]
+
+
 def times(process: subprocess.Popen[str]) -> list[tuple[int, int]]:
     """(begin, end) of every complete hold but the first, whose beginning `looping` has read."""
-    lines = process.communicate()[0].splitlines()[1:]
-    stamps = [int(line.split()[1]) for line in lines if line.count(" ")]
-    return list(zip(stamps[::2], stamps[1::2], strict=False))
+    ordered = [stamp for _, stamp in stamps(process)[1:]]
+    return list(zip(ordered[::2], ordered[1::2], strict=False))
 
 
 def test_an_image_waits_for_at_most_one_nfe_of_a_video(tmp_path: Path) -> None:
@@ -62,7 +67,7 @@ def test_an_image_waits_for_at_most_one_nfe_of_a_video(tmp_path: Path) -> None:
             waited.append((asked, time.monotonic_ns()))
         time.sleep(0.01)
     video.kill()
-    begun = [int(line.split()[1]) for line in video.communicate()[0].splitlines() if line.startswith("begin")]
+    begun = [stamp for word, stamp in stamps(video) if word == "begin"]
     for asked, got in waited:
         assert sum(asked < time < got for time in begun) <= 1, "a second NFE of the video began while an image waited"
 
