@@ -16,8 +16,10 @@ serve: .venv/serve.installed ## serve the bundled students on http://127.0.0.1:8
 
 aiperf: .venv/aiperf.installed ## NVIDIA AIPerf, the load generator, in an environment of its own (140 packages)
 
+# Two files of tests at once, for most of a test is one core at work or waiting; all of a file in one process, which then
+# starts the file's servers once.
 test: venv chromium aiperf ## run all tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 chromium:        ## the browser that tests drive, from Debian's packages if it is not here (as root or through sudo)
 	@command -v chromium >/dev/null || sh -c '$(INSTALL_CHROMIUM)' \

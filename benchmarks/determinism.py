@@ -62,8 +62,10 @@ class Outcome:
     pixels: bytes
 
 
-class BlasStep:
-    """The negative control: a step followed by numpy's matrix product, whose BLAS treats one row unlike several."""
+class SplitSumStep:
+    """The negative control: a step followed by a matrix product whose sums are split by the number of rows, as libraries for
+    GPUs split them by the shape of a call (split-K). Within one shape every row is treated alike: a library's own product would
+    not do, for BLAS rounds by shape, by slot and by its number of threads, as it was built."""
 
     batch_invariant = False
 
@@ -76,7 +78,12 @@ class BlasStep:
         rows = latents.reshape(len(latents), -1)
         if self.weight is None:
             self.weight = np.random.default_rng(0).standard_normal((rows.shape[1], rows.shape[1]), np.float32) / 100
-        return [latents + (rows @ self.weight).reshape(latents.shape), x0]
+        return [latents + np.stack([self.product(row, len(rows)) for row in rows]).reshape(latents.shape), x0]
+
+    def product(self, row: np.ndarray, parts: int) -> np.ndarray:
+        """row [n] -> row @ weight [n], summed over `parts` stretches of n and then over these."""
+        bounds = np.linspace(0, len(row), parts + 1).astype(int)[:-1]
+        return np.add.reduceat(row[:, None] * self.weight, bounds, axis=0).sum(axis=0)
 
 
 class Trials:
@@ -163,7 +170,7 @@ def count(harness: Trials, trials: int, what: str) -> int:
 
 def control_of(engine: Engine, determinism: Determinism) -> Engine:
     """The same student with a step that varies with the batch."""
-    sessions = {**engine.sessions, "student_step": BlasStep(engine.sessions["student_step"])}
+    sessions = {**engine.sessions, "student_step": SplitSumStep(engine.sessions["student_step"])}
     _, fixed_batch = batch_policy(list(sessions.values()), determinism, engine.manifest.max_batch)
     return replace(engine, sessions=sessions, fixed_batch=fixed_batch, buffers={})
 

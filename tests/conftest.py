@@ -32,9 +32,10 @@ if TYPE_CHECKING:  # only its own tests should pay for the import
 # For torch, which reads it when it is imported: the tests' networks are so small that threads only wait for each other, ten
 # times as long as one takes where the cores have other work too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Device locks of this run's own: a video waits for every image on its device, also for those of other runs on this machine.
+# Device locks of this process's own: a video waits for every image on its device, also for those of the tests beside it and
+# of other runs on this machine.
 LOCKS = tempfile.TemporaryDirectory(prefix="fewstep-test-locks-")
-os.environ.setdefault("FEWSTEP_LOCKS", LOCKS.name)
+os.environ["FEWSTEP_LOCKS"] = LOCKS.name
 
 # Examples are the same in every run, so that a run goes red by a change alone; `HYPOTHESIS_PROFILE=default make test` looks
 # for new ones. How long one takes is no property of ours.
@@ -113,6 +114,16 @@ def miniatures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     folder = tmp_path_factory.mktemp("miniatures")
     return lambda name: folder / name if (folder / name).exists() else save_miniature(name, folder / name)
+
+
+@pytest.fixture
+def full_precision() -> Iterator[None]:
+    """Lets runs of precision=no have a process that has seen others: accelerate holds one precision for each."""
+    from accelerate.state import AcceleratorState  # imports torch
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.determinism import MATES, BlasStep, Trials, control_of
+from benchmarks.determinism import MATES, SplitSumStep, Trials, control_of
 from server.engine.device import DeviceLock, Priority
 from server.engine.engine import Engine, batch_policy
 from server.engine.request import Request, Result
@@ -75,7 +75,7 @@ def test_strict_gives_such_a_step_one_shape_and_with_it_the_same_bits(engine: En
 def test_the_batch_policy_is_part_of_the_fingerprint_where_it_matters(bundled_repository: Path, engine: Engine) -> None:
     fast = Engine.open(bundled_repository / "scenes", "fast")
     assert (engine.fingerprint_parts["batch_policy"], fast.fingerprint) == ("any", engine.fingerprint)
-    varying = [BlasStep(engine.sessions["student_step"])]
+    varying = [SplitSumStep(engine.sessions["student_step"])]
     assert batch_policy(varying, "strict", 4) == ("fixed 4", 4)
     assert batch_policy(varying, "fast", 4) == ("fast", None)
 

@@ -1,7 +1,7 @@
 """The bundled teacher becomes a student folder that every door opens."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -151,14 +150,6 @@ def test_the_warm_up_brings_the_student_nearer_to_its_guided_teacher(tmp_path: P
             for student in (teacher, warmed)
         )
     assert after < 0.8 * before
-
-
-@pytest.fixture
-def full_precision() -> Iterator[None]:
-    """Lets runs of precision=no have a process that has seen others: accelerate holds one precision for each."""
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
 
 
 def losses(folder: Path) -> list[list[float]]:

@@ -226,8 +226,9 @@ def batch_policy(sessions: Sequence[Session], determinism: Determinism, max_batc
     """How batches are formed: a name for the fingerprint, and the number of rows every step is padded to, if any.
 
     Sessions whose rows have the same bits in every batch are batched freely. Of others, strict makes every call of one
-    shape, which costs a full batch per NFE whoever is there; fast pads nothing, and then a request has the same bits only
-    when it has its NFEs alone.
+    shape, which costs a full batch per NFE whoever is there, and is enough where a row's bits depend on the shape alone, which
+    `fewstep bench determinism` tells (BLAS on CPUs rounds by slot too); fast pads nothing, and then a request has the same
+    bits only when it has its NFEs alone.
     """
     if all(session.batch_invariant for session in sessions):
         return "any", None
