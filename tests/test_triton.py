@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +33,8 @@ from server.gateway.backend import (
 from server.gateway.triton_backend import TritonBackend
 from tests.conftest import Server, alive, start_server
 from tests.tiny_student import build_tiny_student
+
+CROWD = 96
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the Triton wheel exists for Linux alone")
 
@@ -324,40 +325,33 @@ def no_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_backend, "QUIET_SECONDS", 1000.0)
 
 
-async def half_leave(backend: TritonBackend, engine: Engine) -> dict[str, float]:
-    """What 24 requests add to the counters, of which every other one leaves when the first of all is done."""
-    before = await settled(backend)
-    tasks = [asyncio.create_task(backend.generate(bundled_request(seed))) for seed in range(24)]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)  # by then Triton has heard of most
-    for task in tasks[::2]:
-        task.cancel()
-    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    after = await settled(backend)
-    kept = [outcome for outcome in outcomes if isinstance(outcome, Generated)]
-    assert all(isinstance(outcome, Generated) for outcome in outcomes[1::2])
-    for seed, outcome in enumerate(outcomes):
-        if isinstance(outcome, Generated):
-            assert np.array_equal(outcome.image, engine.run(Request("a red circle", seed, 0, 4, "128x128")).image)
-    gained = Counter({name: after[name] - before.get(name, 0.0) for name in after})
-    heard = gained["fewstep_finished_total"]
-    assert len(kept) <= heard <= 24, "who leaves before Triton has heard of it is none of its requests"
-    assert gained["fewstep_cancelled_total"] <= heard - len(kept), "a few may have been done when they were cancelled"
-    assert gained["fewstep_steps_requested_total"] == heard * 4
-    assert len(kept) * 4 <= gained["fewstep_steps_executed_total"] <= heard * 4
-    assert after["fewstep_in_flight"] == after["fewstep_queue_depth"] == 0
-    return gained
-
-
 @pytest.mark.usefixtures("no_probes")
 def test_a_closed_stream_stops_the_work_and_harms_no_mate(bundled_repository: Path, engine: Engine) -> None:
     async def scenario() -> None:
         async with running(bundled_repository) as backend:
-            for _ in range(10):  # on a busy machine all may be done, or not yet sent, when the others leave
-                gained = await half_leave(backend, engine)
-                if gained["fewstep_steps_executed_total"] < gained["fewstep_steps_requested_total"]:
-                    assert gained["fewstep_cancelled_total"] > 0
-                    return
-            pytest.fail("in ten rounds nobody who left saved a step")
+            before = await settled(backend)
+            # So many that most still wait when word of those who leave arrives, on a busy machine too.
+            tasks = [asyncio.create_task(backend.generate(bundled_request(seed))) for seed in range(CROWD)]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)  # by then Triton has heard of most
+            for task in tasks[::2]:
+                task.cancel()
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+            after = await settled(backend)
+            kept = [outcome for outcome in outcomes if isinstance(outcome, Generated)]
+            assert CROWD // 2 <= len(kept) < CROWD
+            assert all(isinstance(outcome, Generated) for outcome in outcomes[1::2])
+            for seed, outcome in enumerate(outcomes):
+                if isinstance(outcome, Generated):
+                    assert np.array_equal(outcome.image, engine.run(Request("a red circle", seed, 0, 4, "128x128")).image)
+            gained = {name: after[name] - before.get(name, 0.0) for name in after}
+            heard = gained["fewstep_finished_total"]
+            assert len(kept) <= heard <= CROWD, "who leaves before Triton has heard of it is none of its requests"
+            assert 0 < gained["fewstep_cancelled_total"] <= heard - len(kept), (
+                "a few may have been done when they were cancelled"
+            )
+            assert gained["fewstep_steps_requested_total"] == heard * 4
+            assert len(kept) * 4 <= gained["fewstep_steps_executed_total"] < CROWD * 4
+            assert after["fewstep_in_flight"] == after["fewstep_queue_depth"] == 0
 
     asyncio.run(scenario())
 
